@@ -1,0 +1,1 @@
+"""clipfast: a CLIP engine."""

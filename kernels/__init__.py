@@ -1,0 +1,31 @@
+"""clipfast.kernels: the fused ops under the model, one home (folder) each.
+
+One legend for every shape in this package:
+
+    N  rows of a contrastive batch over all ranks      C  channels (width of a tower)
+    n  rows of it on this rank                         H  heads
+    D  embedding width                                 K  width of a head, C / H
+    B  batch                                           T  packed tokens, the sum of the B lengths
+    L  tokens of one sequence                          F  hidden width of an MLP
+
+The ops:
+
+    attention    softmax(QKᵀ/√K)·V from one packed QKV projection; dense, causal, packed lengths
+    contrastive  both log-sum-exps of CLIP's similarity matrix and their gradients, the matrix never formed
+    layer_norm   layer norm, with the residual addition before it in the same pass
+    mlp          Linear, QuickGELU or GELU, Linear; the activation in one pass with the bias
+    pooling      attention of one query per sequence, with K and V never formed
+"""
+
+if __name__ == "kernels":
+    raise ImportError(
+        "import clipfast.kernels, not kernels: this folder would shadow the PyPI package of that name. "
+        "Run Python from another folder, or install clipfast (pip install -e . --no-build-isolation)"
+    )
+
+from clipfast.kernels import dispatch
+from clipfast.kernels.dispatch import OPS, use
+from clipfast.kernels.layer_norm import layer_norm
+from clipfast.kernels.mlp import mlp
+
+__all__ = ["OPS", "dispatch", "layer_norm", "mlp", "use"]

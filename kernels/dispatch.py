@@ -1,0 +1,114 @@
+"""Which backend runs an op: the one place that knows.
+
+Every backend of an op has ``supports``, ``forward`` and ``backward`` with the same arguments. The automatic choice is the first
+backend of the device's tuple that supports the arguments; ``CLIPFAST_BACKEND`` or ``use`` forces one, which then runs or raises
+with its reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+# A CUDA C++ kernel joins the cuda tuple once a GPU has passed it (bench/results); until then it runs only when forced.
+AUTOMATIC = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
+BACKENDS = ("cuda", "triton", "cpu", "torch")
+
+OPS: dict[str, Op] = {}
+LIBRARY = torch.library.Library("clipfast", "DEF")
+_forced: list[str | None] = [os.environ.get("CLIPFAST_BACKEND") or None]
+
+
+@contextlib.contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Run every op inside the ``with`` by this backend: ``cuda``, ``triton``, ``cpu`` or ``torch``."""
+    _forced.append(backend)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+@functools.cache
+def library(kind: str) -> str | None:
+    """Load the compiled library ``_C_<kind>`` once; None, or the reason why it cannot be had."""
+    if kind == "cuda" and torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    folder = Path(importlib.import_module("clipfast").__file__ or "").parent
+    path = folder / f"_C_{kind}.so"
+    if not path.exists():
+        return f"{path.name} is not built: pip install -e . --no-build-isolation"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    return None
+
+
+class Op:
+    """One op: its schemas ``clipfast::<name>`` and ``clipfast::<name>_backward``, and its backends.
+
+    ``compiled`` gives the ``supports`` of each C++ backend, whose pair of ops takes the same arguments under ``<name>_<kind>``.
+    """
+
+    def __init__(
+        self, home: str, forward: tuple[str, Callable], backward: tuple[str, Callable], compiled: dict[str, Callable]
+    ) -> None:
+        self.home, self.name, self.compiled = home, home.rpartition(".")[2], compiled
+        for part, (schema, fake) in (("forward", forward), ("backward", backward)):
+            name = self.name + {"forward": "", "backward": "_backward"}[part]
+            LIBRARY.define(name + schema)
+            LIBRARY.impl(name, functools.partial(self._run, part), "CompositeExplicitAutograd")
+            torch.library.register_fake(f"clipfast::{name}", fake, lib=LIBRARY)
+            for kind in compiled:
+                LIBRARY.define(f"{name}_{kind}{schema}")
+        OPS[self.name] = self
+
+    @property
+    def spec(self) -> Any:
+        return self.backend("torch")
+
+    def _run(self, part: str, *args: Any) -> Any:
+        return getattr(self.choose(*args)[1], part)(*args)
+
+    @functools.cache  # noqa: B019 - ops live as long as the process
+    def backend(self, name: str) -> Any:
+        """The backend with ``supports``, ``forward`` and ``backward``, or the reason (str) why it is not there."""
+        if name not in BACKENDS:
+            return f"expected one of {', '.join(BACKENDS)}"
+        if name in ("cpu", "cuda"):
+            if name not in self.compiled:
+                return f"{self.name} has no {name} backend"
+            if reason := library(name):
+                return reason
+            ops, suffix = torch.ops.clipfast, f"_{name}"
+            return SimpleNamespace(
+                supports=self.compiled[name],
+                forward=getattr(ops, self.name + suffix),
+                backward=getattr(ops, f"{self.name}_backward{suffix}"),
+            )
+        try:
+            return importlib.import_module(f"{self.home}.{'spec' if name == 'torch' else name}")
+        except ModuleNotFoundError as error:
+            return f"no module {error.name}"
+
+    def choose(self, *args: Any) -> tuple[str, Any]:
+        """Name and backend that run these arguments; RuntimeError with every reason where none does."""
+        device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
+        forced = _forced[-1]
+        reasons = []
+        for name in (forced,) if forced else AUTOMATIC.get(device, ("torch",)):
+            backend = self.backend(name)
+            reason = backend if isinstance(backend, str) else backend.supports(*args)
+            if reason is None:
+                return name, backend
+            reasons.append(f"{name}: {reason}")
+        raise RuntimeError(f"clipfast {self.name} on {device}: no backend runs this ({'; '.join(reasons)})")

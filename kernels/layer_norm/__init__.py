@@ -1,0 +1,72 @@
+"""Layer norm, with the residual addition before it in the same pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clipfast.kernels import dispatch
+
+_SCHEMA = "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)"
+_BACKWARD = (
+    "(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, eps: float = 1e-5):
+    """Normalise the last dimension, after adding ``residual`` when there is one.
+
+    Args:
+        x: [..., C], any strides; computed in fp32 (fp64 for fp64) and returned in its own dtype.
+        weight, bias: [C], of any floating dtype.
+        residual: [..., C] like ``x``: what is added to it first.
+        eps: added to the variance.
+
+    Returns:
+        y [..., C] = (s - mean) / sqrt(var + eps) * weight + bias with s = x; given a residual, (y, s) with s = x + residual.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    C = x.shape[-1]
+    if weight.shape != (C,) or bias.shape != (C,):
+        raise ValueError(
+            f"layer_norm: expected weight and bias of shape ({C},) for x {tuple(x.shape)}, got {tuple(weight.shape)} and "
+            f"{tuple(bias.shape)}"
+        )
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"layer_norm: expected a residual like x, {tuple(x.shape)} {x.dtype}, got {tuple(residual.shape)} {residual.dtype}"
+        )
+    y, s, _, _ = torch.ops.clipfast.layer_norm(x, residual, weight, bias, eps)
+    return y if residual is None else (y, s)
+
+
+def _fake(x, residual, weight, bias, eps):
+    rows = x.new_empty(x.shape[:-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    s = x.new_empty(0) if residual is None else torch.empty_like(y)
+    return y, s, rows, torch.empty_like(rows)
+
+
+def _fake_backward(dy, ds, s, weight, mean, rstd):
+    return torch.empty_like(dy, memory_format=torch.contiguous_format), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _setup(ctx, inputs, output):
+    x, residual, weight, bias, _ = inputs
+    _, s, mean, rstd = output
+    ctx.fused = residual is not None
+    ctx.bias_dtype = bias.dtype
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(s if ctx.fused else x, weight, mean, rstd)
+
+
+def _backward(ctx, dy, ds, *_):
+    s, weight, mean, rstd = ctx.saved_tensors
+    dx, dweight, dbias = torch.ops.clipfast.layer_norm_backward(dy, ds if ctx.fused else None, s, weight, mean, rstd)
+    return dx, dx if ctx.fused else None, dweight, dbias.to(ctx.bias_dtype), None
+
+
+OP = dispatch.Op(__name__, (_SCHEMA, _fake), (_BACKWARD, _fake_backward), compiled={})
+torch.library.register_autograd("clipfast::layer_norm", _backward, setup_context=_setup, lib=dispatch.LIBRARY)

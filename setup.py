@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-OPS = ("layer_norm", "mlp")
+OPS = ("attention", "contrastive", "layer_norm", "mlp", "pooling")
 
 
 def with_cuda() -> bool:
@@ -42,7 +42,9 @@ class Build(build_ext):
     def run(self) -> None:
         self.work = ROOT / "build" / "cmake"
         options = [f"-DTORCH_DIR={Path(torch.__file__).parent}", f"-DCLIPFAST_CUDA={'ON' if CUDA else 'OFF'}"]
-        subprocess.run(["cmake", "-GNinja", "-DCMAKE_BUILD_TYPE=Release", *options, "-S", str(ROOT), "-B", str(self.work)], check=True)
+        subprocess.run(
+            ["cmake", "-GNinja", "-DCMAKE_BUILD_TYPE=Release", *options, "-S", str(ROOT), "-B", str(self.work)], check=True
+        )
         subprocess.run(["cmake", "--build", str(self.work)], check=True)
         super().run()
 

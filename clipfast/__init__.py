@@ -1,1 +1,1 @@
-"""clipfast: a CLIP engine."""
+"""clipfast: a CLIP engine. ``import clipfast as clip`` takes the place of OpenAI's package."""

@@ -24,8 +24,10 @@ if __name__ == "kernels":
     )
 
 from clipfast.kernels import dispatch
+from clipfast.kernels.attention import attention
 from clipfast.kernels.dispatch import OPS, use
 from clipfast.kernels.layer_norm import layer_norm
 from clipfast.kernels.mlp import mlp
+from clipfast.kernels.pooling import pooling
 
-__all__ = ["OPS", "dispatch", "layer_norm", "mlp", "use"]
+__all__ = ["OPS", "attention", "dispatch", "layer_norm", "mlp", "pooling", "use"]

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from clipfast.kernels import dispatch
 
-_SCHEMA = "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)"
+_FORWARD = (
+    "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)"
+)
 _BACKWARD = (
     "(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor dx, Tensor dweight, Tensor dbias)"
 )
@@ -68,5 +70,5 @@ def _backward(ctx, dy, ds, *_):
     return dx, dx if ctx.fused else None, dweight, dbias.to(ctx.bias_dtype), None
 
 
-OP = dispatch.Op(__name__, (_SCHEMA, _fake), (_BACKWARD, _fake_backward), compiled={})
+OP = dispatch.Op(__name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), compiled={})
 torch.library.register_autograd("clipfast::layer_norm", _backward, setup_context=_setup, lib=dispatch.LIBRARY)

@@ -46,8 +46,9 @@ def inputs(generator: torch.Generator, shape: tuple[int, ...], residual=False, t
 def floors(itemsize: int, shape: tuple[int, ...], residual=False, **_: Any) -> dict[str, tuple[int, int]]:
     """(FLOPs, bytes) that forward and backward cannot do without."""
     elements = torch.Size(shape).numel()
-    passes = 2 + 2 * residual  # forward: x in, y out, and residual in, s out; backward: dy and s in, dx out, and ds in
-    return {"forward": (8 * elements, passes * elements * itemsize), "backward": (14 * elements, (3 + residual) * elements * itemsize)}
+    passes = 2 + 2 * residual  # x in, y out, and residual in, s out
+    back = 3 + residual  # dy and s in, dx out, and ds in
+    return {"forward": (8 * elements, passes * elements * itemsize), "backward": (14 * elements, back * elements * itemsize)}
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, eps: float = 1e-5):

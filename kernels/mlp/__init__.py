@@ -9,7 +9,9 @@ from torch import Tensor
 from clipfast.kernels import dispatch
 
 
-def mlp(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, quick_gelu: bool = True) -> Tensor:
+def mlp(
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, quick_gelu: bool = True
+) -> Tensor:
     """Linear, QuickGELU (or exact GELU), Linear; only the pre-activation is kept for backward.
 
     Args:

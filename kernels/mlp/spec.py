@@ -27,9 +27,7 @@ BENCH: dict[str, dict[str, Any]] = {
 }
 
 
-def inputs(
-    generator: torch.Generator, rows: int, C: int, quick_gelu=True, transposed=False, spread=1.0
-) -> dict[str, Any]:
+def inputs(generator: torch.Generator, rows: int, C: int, quick_gelu=True, transposed=False, spread=1.0) -> dict[str, Any]:
     """Arguments of ``mlp`` in fp64, with F = 4C."""
 
     def normal(*size: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""Benchmarks: ``pytest bench/ --benchmark-only``; the measured records lie in bench/results/."""

@@ -1,0 +1,114 @@
+"""The towers and a training step against open_clip on the same weights and data."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.rivals import open_clip_model
+from clipfast.loss import clip_loss
+from clipfast.model import CLIP, MODELS
+from clipfast.tokenizer import tokenize
+from clipfast.train import TrainConfig, adamw
+from demo.__main__ import recipe
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Captions of the length that people write: 9 to 16 tokens with both specials, 12 on average, as COCO's are.
+CAPTIONS = [
+    "a dog runs over wet sand",
+    "two cups of coffee on a wooden table by the window",
+    "a red bus in the rain",
+    "an old man reads a newspaper on a park bench",
+    "three boats near the shore at dusk",
+    "a plate of pasta with basil and cheese",
+    "a girl in a yellow coat jumps over a puddle",
+    "snow on the roofs of a small town",
+    "a cat asleep on a warm laptop",
+    "people wait for the train under a glass roof",
+    "a close up of a green leaf",
+    "a bicycle leans against a brick wall",
+    "a chef slices tomatoes in a busy kitchen",
+    "the moon above a dark row of trees",
+    "an empty road through the desert at noon",
+    "a child draws a house with a blue crayon",
+]
+
+
+def pair(name: str) -> tuple[CLIP, nn.Module]:
+    """Ours and open_clip's of a published size, on the same random weights, in eval mode."""
+    torch.manual_seed(0)
+    ours = CLIP(**MODELS[name]).eval().to(DEVICE)
+    return ours, open_clip_model(MODELS[name], ours.state_dict()).eval().to(DEVICE)
+
+
+@pytest.mark.parametrize("name", ["ViT-B/32"])
+def test_encode_text(compare, name: str) -> None:
+    ours, theirs = pair(name)
+    text, lengths = tokenize(CAPTIONS * 2, return_lengths=True)
+    text = text.to(DEVICE)
+    with torch.no_grad():
+        got, expected = ours.encode_text(text, lengths=lengths), theirs.encode_text(text)
+        assert (got - expected).norm() <= 1e-5 * expected.norm()
+        compare(
+            lambda: ours.encode_text(text, lengths=lengths),
+            {"open_clip": lambda: theirs.encode_text(text)},
+            items=len(text), mean_tokens=float(lengths.double().mean()),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ViT-B/32", "RN50"])
+def test_encode_image(compare, name: str) -> None:
+    ours, theirs = pair(name)
+    image = torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    with torch.no_grad():
+        got, expected = ours.encode_image(image), theirs.encode_image(image)
+        assert (got - expected).norm() <= 1e-5 * expected.norm()
+        compare(lambda: ours.encode_image(image), {"open_clip": lambda: theirs.encode_image(image)}, items=len(image))
+
+
+def test_demo_training_step(compare) -> None:
+    """The demo's config, one update on the same batch: our step, and open_clip's model, loss and scaling in the same loop."""
+    import open_clip
+
+    config = recipe()
+    torch.manual_seed(0)
+    ours = CLIP(**config.model).to(DEVICE).train()  # type: ignore[arg-type]
+    theirs = open_clip_model(config.model, copy.deepcopy(ours.state_dict())).to(DEVICE).train()
+    side, B = config.model["image_resolution"], config.batch_size  # type: ignore[index]
+    image = torch.randn(B, 3, side, side, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    text, lengths = tokenize((CAPTIONS * B)[:B], return_lengths=True)
+    text = text.to(DEVICE)
+    loss_of_theirs = open_clip.ClipLoss()
+
+    def features_of_ours() -> Tensor:
+        images, texts = ours.encode_image(image), ours.encode_text(text, lengths=lengths)
+        return clip_loss(images, texts, ours.logit_scale.exp(), normalize=True)
+
+    def features_of_theirs() -> Tensor:
+        return loss_of_theirs(F.normalize(theirs.encode_image(image), dim=-1), F.normalize(theirs.encode_text(text), dim=-1),
+                              theirs.logit_scale.exp())  # fmt: skip
+
+    first = features_of_ours().item(), features_of_theirs().item()
+    assert abs(first[0] - first[1]) <= 1e-5 * abs(first[1])
+    compare(
+        step(ours, features_of_ours, config), {"open_clip": step(theirs, features_of_theirs, config)}, items=B,
+        mean_tokens=float(lengths.double().mean()),
+    )  # fmt: skip
+
+
+def step(model: nn.Module, loss_of, config: TrainConfig):
+    """One update: the same optimiser for both."""
+    optimizer = adamw(model, config)  # type: ignore[arg-type]
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss_of().backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, 4.6052)  # type: ignore[union-attr,operator]
+
+    return run

@@ -1,0 +1,45 @@
+"""What this installation has: versions, devices, and which backend would run each op."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from clipfast.kernels import OPS, dispatch
+
+
+def info() -> str:
+    """A text to read or to put into a bug report: versions, device, then op × backend with the reason where one is missing.
+
+    ``first choice`` is what runs on this machine's device unless its arguments are not supported; then the next choice runs.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lines = [f"{name:12} {version}" for name, version in _versions(device)]
+    lines += ["", f"{'op':12} " + f"{'backend':8} on this machine's {device}"]
+    for name, op in OPS.items():
+        rank = 0
+        for backend in dispatch.BACKENDS:
+            found = op.backend(backend)
+            if isinstance(found, str):
+                state = f"absent: {found}"
+            elif backend in dispatch.AUTOMATIC[device]:
+                rank += 1
+                state = "first choice" if rank == 1 else "next choice"
+            else:
+                state = f"on request: with clipfast.kernels.use({backend!r})"
+            lines.append(f"{name:12} {backend:8} {state}")
+    return "\n".join(lines)
+
+
+def _versions(device: str) -> list[tuple[str, str]]:
+    rows = [("python", platform.python_version())]
+    for package in ("clipfast", "torch", "triton", "numpy", "tokenizers"):
+        try:
+            rows.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((package, "absent"))
+    rows += [(f"_C_{kind}", dispatch.library(kind) or "loaded") for kind in ("cpu", "cuda")]
+    rows.append(("device", torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"))
+    return rows

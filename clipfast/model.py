@@ -1,0 +1,403 @@
+"""CLIP as the paper has it: an image tower, a text tower, one embedding space (Radford et al. 2021, section 2).
+
+Parameter names are those of OpenAI's code, so that published weights load as they are. Two exact savings run through the
+towers: text is packed to its true lengths, since under a causal mask nothing after the end token can reach it; and the last
+block works for the one token that is read out of it, since no other output of that block is used.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipfast.kernels import attention, layer_norm, mlp, pooling
+
+_SIZES = ("embed_dim", "image_resolution", "vision_layers", "vision_width", "vision_patch_size",
+          "context_length", "vocab_size", "transformer_width", "transformer_heads", "transformer_layers")  # fmt: skip
+# The nine published models (paper, tables 19 and 20).
+MODELS: dict[str, dict[str, Any]] = {
+    name: dict(zip(_SIZES, sizes, strict=True))
+    for name, sizes in {
+        "RN50": (1024, 224, (3, 4, 6, 3), 64, None, 77, 49408, 512, 8, 12),
+        "RN101": (512, 224, (3, 4, 23, 3), 64, None, 77, 49408, 512, 8, 12),
+        "RN50x4": (640, 288, (4, 6, 10, 6), 80, None, 77, 49408, 640, 10, 12),
+        "RN50x16": (768, 384, (6, 8, 18, 8), 96, None, 77, 49408, 768, 12, 12),
+        "RN50x64": (1024, 448, (3, 15, 36, 10), 128, None, 77, 49408, 1024, 16, 12),
+        "ViT-B/32": (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12),
+        "ViT-B/16": (512, 224, 12, 768, 16, 77, 49408, 512, 8, 12),
+        "ViT-L/14": (768, 224, 24, 1024, 14, 77, 49408, 768, 12, 12),
+        "ViT-L/14@336px": (768, 336, 24, 1024, 14, 77, 49408, 768, 12, 12),
+    }.items()
+}
+
+
+class Layout(NamedTuple):
+    """How the tokens of a batch lie: packed one behind the other, or dense with ``cu_seqlens`` None."""
+
+    read: Any  # the index of the token that is read out of each sequence
+    causal: bool = False
+    cu_seqlens: Tensor | None = None  # int32 [B + 1]: where each sequence starts, and T
+    max_length: int | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one packed projection."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """x [..., C] -> [..., C]: every token attends."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        return self.out_proj(
+            attention(qkv, self.heads, causal=layout.causal, cu_seqlens=layout.cu_seqlens, max_length=layout.max_length)
+        )
+
+    def read(self, x: Tensor, layout: Layout) -> Tensor:
+        """x [..., C] -> [B, C]: only the token that is read attends, to the whole sequence."""
+        q_weight, k_weight, v_weight = self.in_proj_weight.chunk(3)
+        q_bias, _, v_bias = self.in_proj_bias.chunk(3)
+        return self.out_proj(
+            pooling(
+                x, x[layout.read], q_weight, q_bias, k_weight, v_weight, v_bias, self.heads,
+                cu_seqlens=layout.cu_seqlens, max_length=layout.max_length,
+            )
+        )  # fmt: skip
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, quick_gelu: bool) -> None:
+        super().__init__()
+        self.quick_gelu = quick_gelu
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fc, proj = self.c_fc, self.c_proj
+        return mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.quick_gelu)
+
+
+class Block(nn.Module):
+    """A residual attention block, pre-norm.
+
+    The residual stream s travels beside the update that the layer before owes to it: addition and layer norm are one pass.
+    """
+
+    def __init__(self, width: int, heads: int, quick_gelu: bool) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = Mlp(width, quick_gelu)
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(self, s: Tensor, update: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
+        """(s, update), both [..., C] -> the same after this block."""
+        x, s = self._enter(s, update)
+        x, s = _norm(self.ln_2, s, self.attn(x, layout))
+        return s, self.mlp(x)
+
+    def read(self, s: Tensor, update: Tensor | None, layout: Layout) -> Tensor:
+        """(s, update), both [..., C] -> [B, C]: the block's output at the token that is read."""
+        x, s = self._enter(s, update)
+        x, s = _norm(self.ln_2, s[layout.read], self.attn.read(x, layout))
+        return s + self.mlp(x)
+
+    def _enter(self, s: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        return (_norm(self.ln_1, s), s) if update is None else _norm(self.ln_1, s, update)
+
+
+def _norm(ln: nn.LayerNorm, x: Tensor, residual: Tensor | None = None) -> Any:
+    return layer_norm(x, ln.weight, ln.bias, residual, ln.eps)
+
+
+class Transformer(nn.Module):
+    def __init__(self, width: int, layers: int, heads: int, quick_gelu: bool) -> None:
+        super().__init__()
+        self.width, self.layers = width, layers
+        self.resblocks: Any = nn.ModuleList(Block(width, heads, quick_gelu) for _ in range(layers))
+
+    def forward(self, s: Tensor, layout: Layout) -> Tensor:
+        """s [..., C] -> [B, C]: the state of the token that is read."""
+        update = None
+        for block in self.resblocks[:-1]:
+            s, update = block(s, update, layout)
+        return self.resblocks[-1].read(s, update, layout)
+
+    def states(self, s: Tensor, layout: Layout) -> list[Tensor]:
+        """s [..., C] -> the residual stream [..., C] of every token after each block."""
+        states = []
+        for block in self.resblocks:
+            s, update = block(s, None, layout)
+            s = s + update
+            states.append(s)
+        return states
+
+
+class VisionTransformer(nn.Module):
+    """ViT with one more layer norm before the transformer (paper, section 2.4)."""
+
+    def __init__(
+        self, input_resolution: int, patch_size: int, width: int, layers: int, heads: int, output_dim: int, quick_gelu: bool
+    ) -> None:
+        super().__init__()
+        self.input_resolution, self.output_dim = input_resolution, output_dim
+        self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
+        scale = width**-0.5
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        tokens = (input_resolution // patch_size) ** 2 + 1
+        self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, layers, heads, quick_gelu)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
+
+    layout = Layout(read=(slice(None), 0))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """x [B, 3, R, R] -> [B, L, C]: class token and patches, with positions, normalised."""
+        x = self.conv1(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
+        return _norm(self.ln_pre, x + self.positional_embedding.to(x.dtype))
+
+    def project(self, x: Tensor) -> Tensor:
+        """x [..., C] -> [..., output_dim]."""
+        return _norm(self.ln_post, x) @ self.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(self.transformer(self.embed(x), self.layout))
+
+
+class Bottleneck(nn.Module):
+    """A ResNet-D bottleneck with average pooling before what would be a strided convolution (paper, section 2.4)."""
+
+    expansion = 4
+
+    def __init__(self, inplanes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inplanes, planes, 1, bias=False), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False), nn.BatchNorm2d(planes)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3, self.bn3 = nn.Conv2d(planes, 4 * planes, 1, bias=False), nn.BatchNorm2d(4 * planes)
+        self.downsample: nn.Sequential | None = None
+        if stride > 1 or inplanes != 4 * planes:
+            self.downsample = nn.Sequential(
+                OrderedDict({"-1": nn.AvgPool2d(stride), "0": nn.Conv2d(inplanes, 4 * planes, 1, bias=False),
+                             "1": nn.BatchNorm2d(4 * planes)})
+            )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        y = self.bn3(self.conv3(self.avgpool(y)))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
+
+
+class AttentionPool(nn.Module):
+    """One layer of multi-head attention whose query is the mean of the feature map (paper, section 2.4)."""
+
+    def __init__(self, side: int, width: int, heads: int, output_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(side**2 + 1, width) / width**0.5)
+        self.k_proj, self.q_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.c_proj = nn.Linear(width, output_dim)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """x [B, C, h, w] -> [B, 1 + hw, C]: the mean and every place, with positions."""
+        x = x.flatten(2).transpose(1, 2)
+        return torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding.to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        q, k, v = self.q_proj, self.k_proj, self.v_proj
+        y = pooling(x, x[:, 0], q.weight, q.bias, k.weight, v.weight, v.bias, self.heads)
+        # The bias of the keys cancels in the softmax; it still gets its gradient, zero, since DDP waits for every parameter's.
+        return self.c_proj(y + 0 * k.bias)
+
+
+class ModifiedResNet(nn.Module):
+    """ResNet with a three-convolution stem, antialiased strides and attention pooling (paper, section 2.4)."""
+
+    def __init__(self, layers: tuple[int, ...], output_dim: int, heads: int, input_resolution: int, width: int) -> None:
+        super().__init__()
+        self.input_resolution, self.output_dim = input_resolution, output_dim
+        half = width // 2
+        self.conv1, self.bn1 = nn.Conv2d(3, half, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(half)
+        self.conv2, self.bn2 = nn.Conv2d(half, half, 3, padding=1, bias=False), nn.BatchNorm2d(half)
+        self.conv3, self.bn3 = nn.Conv2d(half, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        inplanes = width
+        for i, blocks in enumerate(layers):
+            planes, strides = width * 2**i, [1 if i == 0 else 2] + [1] * (blocks - 1)
+            stage = []
+            for stride in strides:
+                stage.append(Bottleneck(inplanes, planes, stride))
+                inplanes = 4 * planes
+            setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
+        self.attnpool = AttentionPool(input_resolution // 32, inplanes, heads, output_dim)
+
+    def states(self, x: Tensor) -> list[Tensor]:
+        """x [B, 3, R, R] -> the feature map [B, C, h, w] after each of the four stages."""
+        for i in (1, 2, 3):
+            x = F.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)), inplace=True)
+        x = F.avg_pool2d(x, 2)
+        states = []
+        for i in (1, 2, 3, 4):
+            x = getattr(self, f"layer{i}")(x)
+            states.append(x)
+        return states
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attnpool(self.states(x)[-1])
+
+
+class CLIP(nn.Module):
+    """Two towers and a temperature; arguments, attributes, keys and outputs are those of OpenAI's class.
+
+    Args:
+        embed_dim: D, the width of the shared space.
+        image_resolution: R, pixels a side.
+        vision_layers: the depth of a ViT, or the four stage depths of a ResNet.
+        vision_width: C of the image tower (ResNet: channels of the first stage).
+        vision_patch_size: pixels a side; None for a ResNet.
+        context_length: the longest text, in tokens.
+        vocab_size: token ids.
+        transformer_width, transformer_heads, transformer_layers: the text tower.
+        quick_gelu: x·σ(1.702x), as in OpenAI's weights; False for the exact GELU.
+        vision_heads: heads of the image tower; None for 64 channels a head.
+    """
+
+    def __init__(
+        self, embed_dim: int, image_resolution: int, vision_layers: int | tuple[int, int, int, int], vision_width: int,
+        vision_patch_size: int | None, context_length: int, vocab_size: int, transformer_width: int, transformer_heads: int,
+        transformer_layers: int, *, quick_gelu: bool = True, vision_heads: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.context_length, self.vocab_size, self.quick_gelu = context_length, vocab_size, quick_gelu
+        self.visual: VisionTransformer | ModifiedResNet
+        if isinstance(vision_layers, (tuple, list)):
+            heads = vision_heads or vision_width * 32 // 64
+            self.visual = ModifiedResNet(tuple(vision_layers), embed_dim, heads, image_resolution, vision_width)
+        elif vision_patch_size is None:
+            raise ValueError("CLIP: expected vision_patch_size for a ViT (vision_layers is one number), got None")
+        else:
+            heads = vision_heads or vision_width // 64
+            self.visual = VisionTransformer(
+                image_resolution, vision_patch_size, vision_width, vision_layers, heads, embed_dim, quick_gelu
+            )
+        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, quick_gelu)
+        self.token_embedding = nn.Embedding(vocab_size, transformer_width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
+        self.ln_final = nn.LayerNorm(transformer_width)
+        self.text_projection = nn.Parameter(torch.empty(transformer_width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.initialize_parameters()
+
+    def initialize_parameters(self) -> None:
+        """As the paper's code does: the text tower by GPT-2's rule, a ResNet's residual branches starting at zero."""
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        if isinstance(self.visual, ModifiedResNet):
+            pool = self.visual.attnpool
+            for linear in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):
+                nn.init.normal_(linear.weight, std=pool.c_proj.in_features**-0.5)
+            for module in self.visual.modules():
+                if isinstance(module, Bottleneck):
+                    nn.init.zeros_(module.bn3.weight)
+        width, layers = self.transformer.width, self.transformer.layers
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.visual.conv1.weight.dtype
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """image [B, 3, R, R] -> [B, D] in the model's dtype, of unit length when ``normalize``."""
+        features = self.visual(self._image(image))
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, text: Tensor, normalize: bool = False, lengths: Tensor | list[int] | None = None) -> Tensor:
+        """text [B, L ≤ context_length] of token ids -> [B, D] in the model's dtype, of unit length when ``normalize``.
+
+        Args:
+            lengths: B counts of tokens up to and including the end token, on the host, as ``tokenize(…, return_lengths=True)``
+                gives them; None: up to the highest id of each row, which on a GPU costs one synchronisation.
+        """
+        s, layout, _ = self._embed_text(text, lengths)
+        features = _norm(self.ln_final, self.transformer(s, layout)) @ self.text_projection
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits_per_image [B_image, B_text], logits_per_text [B_text, B_image]): scaled cosine similarities."""
+        image_features, text_features = self.encode_image(image, normalize=True), self.encode_text(text, normalize=True)
+        logits_per_image = self.logit_scale.exp() * image_features @ text_features.t()
+        return logits_per_image, logits_per_image.t()
+
+    def forward_intermediates(
+        self, image: Tensor | None = None, text: Tensor | None = None, normalize: bool = False
+    ) -> dict[str, Any]:
+        """The features, and what every token was after each block.
+
+        Returns a dict: ``image_features`` [B, D] and ``image_intermediates``, a list of [B, L, C] (class token first) or, for a
+        ResNet, of [B, C, h, w]; ``text_features`` [B, D] and ``text_intermediates``, a list of [B, L, C], zero behind the end.
+        """
+        out: dict[str, Any] = {}
+        visual = self.visual
+        if image is not None:
+            if isinstance(visual, ModifiedResNet):
+                states = visual.states(self._image(image))
+                features = visual.attnpool(states[-1])
+            else:
+                states = visual.transformer.states(visual.embed(self._image(image)), visual.layout)
+                features = visual.project(states[-1][:, 0])
+            out |= dict(image_features=features, image_intermediates=states)
+        if text is not None:
+            s, layout, index = self._embed_text(text, None)
+            states = self.transformer.states(s, layout)
+            features = _norm(self.ln_final, states[-1][layout.read]) @ self.text_projection
+            padded = [state.new_zeros(*text.shape, state.shape[-1]).index_put(index, state) for state in states]
+            out |= dict(text_features=features, text_intermediates=padded)
+        if normalize:
+            out |= {k: F.normalize(v, dim=-1) for k, v in out.items() if k.endswith("features")}
+        return out
+
+    def _image(self, image: Tensor) -> Tensor:
+        side = self.visual.input_resolution
+        if image.ndim != 4 or image.shape[1:] != (3, side, side):
+            raise ValueError(f"encode_image: expected images [B, 3, {side}, {side}], got {list(image.shape)}; see preprocess")
+        return image.to(self.dtype)
+
+    def _embed_text(self, text: Tensor, lengths: Tensor | list[int] | None) -> tuple[Tensor, Layout, tuple[Tensor, Tensor]]:
+        """Packed token states [T, C], their layout, and where each stood in ``text``: (row [T], position [T])."""
+        if text.ndim != 2 or text.shape[1] > self.context_length:
+            raise ValueError(
+                f"encode_text: expected token ids [B, L ≤ {self.context_length}], got {list(text.shape)}; see tokenize"
+            )
+        if text.is_floating_point():
+            raise TypeError(f"encode_text: expected integer token ids, got {text.dtype}; see tokenize")
+        if lengths is None:
+            lengths = text.argmax(dim=-1).cpu() + 1
+        lengths = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
+        if lengths.shape != text.shape[:1]:
+            raise ValueError(f"encode_text: expected {text.shape[0]} lengths, got {list(lengths.shape)}")
+        starts = F.pad(lengths.cumsum(0), (1, 0))
+        row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        position = torch.arange(len(row)) - starts[row]
+        row, position, starts = (t.to(text.device, non_blocking=True) for t in (row, position, starts))
+        s = self.token_embedding(text[row, position]) + self.positional_embedding[position]
+        layout = Layout(starts[1:] - 1, True, starts.int(), int(lengths.max()) if len(lengths) else 0)
+        return s.to(self.dtype), layout, (row, position)

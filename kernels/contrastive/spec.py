@@ -1,0 +1,155 @@
+"""CLIP's softmax loss in both directions (Radford et al. 2021, figure 3), block by block: definition, cases, floors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CASES: dict[str, dict[str, Any]] = {
+    **{f"D{D}": dict(N=7, D=D) for D in (64, 320, 512, 640, 768, 1024, 1152)},
+    "one pair": dict(N=1, D=64),
+    "prime": dict(N=131, D=37),
+    "rows of a rank": dict(n=17, N=61, D=64, offset=23),
+    "transposed": dict(N=37, D=64, transposed=True),
+    "scale 100": dict(N=67, D=64, scale=100.0),
+    "scale 1": dict(N=67, D=64, scale=1.0),
+    "identical": dict(N=33, D=64, kind="identical", scale=100.0),
+    "orthogonal": dict(N=33, D=64, kind="orthogonal", scale=3.0),
+    "opposite": dict(N=33, D=64, kind="opposite", scale=100.0),
+    "norm 1000": dict(N=35, D=64, norm=1e3, scale=2e-5),
+}
+BENCH: dict[str, dict[str, Any]] = {"1k": dict(N=1024, D=512), "4k": dict(N=4096, D=512)}
+BLOCK = 512  # rows: 256 cost the first GEMM 15 %, 1,024 gain less than 1 % and double the block (2 cores, N = 8,192)
+
+
+def inputs(
+    generator: torch.Generator, N: int, D: int, n=None, offset=0, kind="random", norm=1.0, scale=14.3, transposed=False
+) -> dict[str, Any]:
+    """Arguments of ``contrastive`` in fp64: rows of length ``norm``."""
+
+    def rows(count: int) -> Tensor:
+        shape = (D, count) if transposed else (count, D)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
+        return norm * F.normalize(x.T if transposed else x, dim=1)
+
+    text = rows(N)
+    if kind == "random":
+        image = rows(N if n is None else n)
+    elif kind == "identical":
+        text = text[:1].repeat(N, 1)
+        image = text.clone()
+    elif kind == "orthogonal":
+        image = torch.eye(N, D, dtype=torch.float64, device=generator.device)
+        text = image.clone()
+    else:
+        image = -text
+    return dict(
+        image_features=image, text_features=text, scale=torch.tensor(scale, dtype=torch.float64, device=generator.device), offset=offset
+    )
+
+
+def floors(itemsize: int, N: int, D: int, n=None, **_: Any) -> dict[str, tuple[int, int]]:
+    """(FLOPs, bytes) that forward and backward cannot do without: one GEMM and, with the logits made again, three."""
+    n = N if n is None else n
+    gemm, features = 2 * n * N * D, (n + N) * D
+    return {"forward": (gemm, features * itemsize), "backward": (3 * gemm, 2 * features * itemsize)}
+
+
+def reference(image_features: Tensor, text_features: Tensor, scale: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
+    """What ``contrastive`` means: differentiable, with the whole matrix, in the dtype of its input."""
+    n, N = len(image_features), len(text_features)
+    s = scale * image_features @ text_features.T
+    s = s.to(torch.promote_types(s.dtype, torch.float32))
+    own = s.diagonal(offset)
+    return s.logsumexp(1) - own, s.logsumexp(0) - F.pad(own, (offset, N - n - offset))
+
+
+def supports(*args: Any) -> None:
+    return None
+
+
+def _blocks(image: Tensor, text: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows, image [b, D] in at least fp32 and s [b, N] of each block; every s lies in the same memory."""
+    wide = torch.promote_types(image.dtype, torch.float32)
+    columns, factor = text.to(wide).T, scale.to(wide)
+    memory = image.new_empty(min(BLOCK, len(image)), len(text), dtype=wide)
+    for start in range(0, len(image), BLOCK):
+        rows = slice(start, min(start + BLOCK, len(image)))
+        block = image[rows].to(wide)
+        yield rows, block, torch.mm(block * factor, columns, out=memory[: len(block)])
+
+
+def forward(image: Tensor, text: Tensor, scale: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(image.dtype, torch.float32)
+    row_max, row_sum, diagonal = (image.new_empty(len(image), dtype=wide) for _ in range(3))
+    col_max, col_sum = text.new_full((len(text),), -torch.inf, dtype=wide), text.new_zeros(len(text), dtype=wide)
+    for rows, block, s in _blocks(image, text, scale):
+        diagonal[rows] = s.diagonal(offset + rows.start)
+        row_max[rows] = s.amax(1)
+        block_max, block_sum = _columns(s, row_max[rows], row_sum[rows], block, text, scale)
+        top = torch.maximum(col_max, block_max)
+        col_sum.mul_((col_max - top).exp_()).add_(block_sum.mul_((block_max - top).exp_()))
+        col_max = top
+    return row_max, row_sum, col_max, col_sum, diagonal
+
+
+def _columns(
+    s: Tensor, row_max: Tensor, row_sum: Tensor, block: Tensor, text: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sums of exp(s - row_max) into ``row_sum`` [b]; (maximum, sum) [N] of the columns. ``s`` [b, N] is used up.
+
+    One exponential serves both: Σ_i exp(s_ij - t) = Σ_i exp(row_max_i - t)·exp(s_ij - row_max_i) with t the largest of all.
+    A column whose entries all lie far below t would underflow: where a sum comes out so small, its column is done again by
+    its own maximum.
+    """
+    e = s.sub_(row_max[:, None]).exp_()
+    torch.sum(e, 1, out=row_sum)
+    top = row_max.amax()
+    col_sum = (row_max - top).exp_() @ e
+    col_max = top.expand(len(col_sum))
+    # Fp32: 1e-25. The largest term is at least 1/512 of it, and what matters beside that, 1e-8 of it, is still a normal number.
+    low = (col_sum < torch.finfo(s.dtype).tiny ** (2 / 3)).nonzero()[:, 0]
+    if len(low):
+        again = block * scale.to(s.dtype) @ text[low].to(s.dtype).T
+        col_max = col_max.index_copy(0, low, again.amax(0))
+        col_sum[low] = again.sub_(col_max[low]).exp_().sum(0)
+    return col_max, col_sum
+
+
+def backward(
+    image: Tensor, text: Tensor, scale: Tensor, offset: int, row_lse: Tensor, col_lse: Tensor, row_nll: Tensor, col_nll: Tensor,
+    row_grad: Tensor, col_grad: Tensor, want_image: bool, want_text: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    D, columns = image.shape[1], text.to(row_lse.dtype)
+    image_grad = columns.new_empty(len(image) if want_image else 0, D)
+    text_grad = columns.new_zeros(len(text) if want_text else 0, D)
+    own = col_nll[offset : offset + len(image)], col_grad[offset : offset + len(image)]
+    on_diagonal = row_grad * torch.expm1(-row_nll) + own[1] * torch.expm1(-own[0])  # p - 1 would cancel where p is near 1
+    other = columns.new_empty(min(BLOCK, len(image)), len(text))
+    for rows, block, s in _blocks(image, text, scale):
+        g = _gradient(s, other[: len(block)], row_lse[rows], col_lse, row_grad[rows], col_grad)
+        g.diagonal(offset + rows.start).copy_(on_diagonal[rows])
+        if want_image:
+            torch.mm(g, columns, out=image_grad[rows])
+        if want_text:
+            text_grad.addmm_(g.T, block)
+    return image_grad, text_grad
+
+
+def _gradient(s: Tensor, other: Tensor, row_lse: Tensor, col_lse: Tensor, row_grad: Tensor, col_grad: Tensor) -> Tensor:
+    """row_grad_i·exp(s_ij - row_lse_i) + col_grad_j·exp(s_ij - col_lse_j) [b, N], in the memory of ``s``.
+
+    One exponential serves both where row_lse_i - col_lse_j stays below 60: what exp(s_ij - row_lse_i) loses below 1e-38 is
+    then less than 1e-12 of a column. exp(row_lse_i - col_lse_j) is a product of two vectors, so the factor has rank two.
+    """
+    top = row_lse.amax()
+    if not bool(top - col_lse.amin() < 60):  # as well where one is NaN
+        torch.sub(s, col_lse, out=other).exp_().mul_(col_grad)
+        return s.sub_(row_lse[:, None]).exp_().mul_(row_grad[:, None]).add_(other)
+    by_row = torch.stack([row_grad, (row_lse - top).exp_()], 1)
+    by_column = torch.stack([torch.ones_like(col_grad), col_grad * (top - col_lse).exp_()])
+    return s.sub_(row_lse[:, None]).exp_().mul_(torch.mm(by_row, by_column, out=other))

@@ -1,0 +1,195 @@
+"""clipfast.CLIP against open_clip's towers on equal random weights: features of all sizes, gradients of small ones."""
+
+from __future__ import annotations
+
+import copy
+
+import open_clip
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.rivals import open_clip_model
+from clipfast.model import CLIP, MODELS
+
+END = 49407
+
+
+def captions(lengths: list[int], context_length: int = 77, seed: int = 0) -> Tensor:
+    """[B, context_length] of random ids between start and end token, zero behind."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.zeros(len(lengths), context_length, dtype=torch.int64)
+    for row, length in zip(text, lengths, strict=True):
+        row[:length] = torch.randint(1, 49405, (length,), generator=generator)
+        row[0], row[length - 1] = END - 1, END
+    return text
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def shake(model: nn.Module, seed: int = 0) -> None:
+    """Random values where the initial ones are 0 or 1, so that no parameter and no batch statistic can be ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if value.ndim == 1 and value.is_floating_point():
+            noise = 0.1 * torch.randn(value.shape, generator=generator)
+            value.data = value.data + (noise.abs() if "running_var" in name else noise)
+    for name, value in model.named_parameters():
+        if name.endswith("bn3.weight"):
+            value.data.add_(0.3)
+
+
+def ours_from(theirs: nn.Module, **sizes: object) -> CLIP:
+    """Our model on their weights, without a second random initialisation."""
+    with torch.device("meta"):
+        model = CLIP(**sizes)
+    state = {k: v for k, v in theirs.state_dict().items() if k != "attn_mask"}
+    model.load_state_dict(state, assign=True)
+    return model.train(theirs.training)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_published_sizes_equal_open_clip(name: str) -> None:
+    config = open_clip.get_model_config(name.replace("/", "-").replace("@336px", "-336"))
+    config["quick_gelu"] = True
+    torch.manual_seed(0)
+    theirs = open_clip.model.CLIP(**config).eval()
+    shake(theirs)
+    ours = ours_from(theirs, **MODELS[name])
+    side = MODELS[name]["image_resolution"]
+    image, text = torch.randn(1, 3, side, side), captions([3, 12, 77])
+    with torch.no_grad():
+        assert relative(ours.encode_image(image), theirs.encode_image(image)) < 1e-5
+        assert relative(ours.encode_text(text), theirs.encode_text(text)) < 1e-5
+
+
+SMALL = {
+    "vit": dict(embed_dim=32, image_resolution=32, vision_layers=3, vision_width=128, vision_patch_size=8),
+    "resnet": dict(embed_dim=32, image_resolution=64, vision_layers=(1, 2, 1, 1), vision_width=16, vision_patch_size=None),
+}
+TEXT = dict(context_length=20, vocab_size=49408, transformer_width=128, transformer_heads=2, transformer_layers=3)
+
+
+def small_pair(family: str, dtype: torch.dtype = torch.float32, quick_gelu: bool = True) -> tuple[CLIP, nn.Module]:
+    """A small model of ours and open_clip's on the same weights."""
+    torch.manual_seed(0)
+    sizes = SMALL[family] | TEXT | dict(quick_gelu=quick_gelu)
+    theirs = open_clip_model(sizes, CLIP(**sizes).state_dict())
+    shake(theirs)
+    theirs = theirs.to(dtype)
+    return ours_from(copy.deepcopy(theirs), **sizes), theirs
+
+
+def small_batch(family: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    side = SMALL[family]["image_resolution"]
+    image = torch.randn(6, 3, side, side, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    return image, captions([3, 2, 20, 7, 7, 11], 20)
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+@pytest.mark.parametrize("family", SMALL)
+def test_every_gradient_equals_open_clip(family: str, quick_gelu: bool) -> None:
+    ours, theirs = small_pair(family, torch.float64, quick_gelu)
+    image, text = small_batch(family, torch.float64)
+    upstream = torch.randn(2, 6, 32, dtype=torch.float64)
+    for model in (ours, theirs):
+        features = torch.stack([model.encode_image(image, normalize=True), model.encode_text(text, normalize=True)])
+        (features * upstream).sum().backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if name == "logit_scale":
+            continue
+        assert parameter.grad is not None, f"{name} got no gradient"
+        scale = expected[name].grad.norm()
+        assert (parameter.grad - expected[name].grad).norm() <= 1e-10 * scale + 1e-12, name
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_forward_gives_openai_logits(family: str) -> None:
+    ours, theirs = (model.eval() for model in small_pair(family))
+    image, text = small_batch(family)
+    with torch.no_grad():
+        logits_per_image, logits_per_text = ours(image, text)
+        image_features, text_features, scale = theirs(image, text)
+    assert relative(logits_per_image, scale * image_features @ text_features.T) < 1e-5
+    assert torch.equal(logits_per_image.T, logits_per_text)
+
+
+def test_text_needs_no_padding_and_ignores_what_follows_the_end() -> None:
+    ours, theirs = (model.eval() for model in small_pair("vit"))
+    _, text = small_batch("vit")
+    lengths = text.argmax(dim=-1) + 1
+    dirty = text.clone()
+    dirty[dirty == 0] = 5
+    with torch.no_grad():
+        features = ours.encode_text(text)
+        assert relative(features, theirs.encode_text(text)) < 1e-5
+        assert torch.equal(features, ours.encode_text(text.int(), lengths=lengths.tolist()))
+        assert torch.equal(features, ours.encode_text(dirty, lengths=lengths))
+        assert relative(ours.encode_text(text[:2, :5]), features[:2]) < 1e-5
+        assert ours.encode_text(text[:0]).shape == (0, 32)
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_intermediates_agree_with_the_short_cut(family: str) -> None:
+    ours, theirs = (model.eval() for model in small_pair(family))
+    image, text = small_batch(family)
+    with torch.no_grad():
+        out = ours.forward_intermediates(image, text, normalize=True)
+        expected = theirs.forward_intermediates(image, text, normalize=True, image_output_fmt="NCHW", output_extra_tokens=True)
+        assert relative(out["image_features"], ours.encode_image(image, normalize=True)) < 1e-5
+        assert relative(out["text_features"], ours.encode_text(text, normalize=True)) < 1e-5
+    for got, state in zip(out["image_intermediates"][-3:], expected["image_intermediates"][-3:], strict=True):
+        places = got if family == "resnet" else got[:, 1:].transpose(1, 2).reshape(state.shape)
+        assert relative(places, state) < 1e-5
+    for got, state in zip(out["text_intermediates"], expected["text_intermediates"], strict=True):
+        for row, length in enumerate(text.argmax(dim=-1) + 1):
+            assert relative(got[row, :length], state[row, :length]) < 1e-5
+            assert not got[row, length:].any()
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_initial_weights_follow_the_paper_code(family: str) -> None:
+    """Spread of every matrix as open_clip's (which keeps OpenAI's initialisation), within the noise of a sample."""
+    torch.manual_seed(0)
+    ours, theirs = CLIP(**SMALL[family], **TEXT), small_pair(family)[1]
+    for name, parameter in ours.named_parameters():
+        if parameter.ndim > 1:
+            assert torch.isclose(parameter.std(), dict(theirs.named_parameters())[name].std(), rtol=0.15), name
+    assert torch.isclose(ours.logit_scale.exp(), torch.tensor(1 / 0.07))
+    if family == "resnet":
+        assert all(not m.bn3.weight.any() for m in ours.visual.modules() if hasattr(m, "bn3") and hasattr(m, "avgpool"))
+
+
+def test_low_precision_copy_and_state_round_trip() -> None:
+    ours, _ = small_pair("vit")
+    image, text = small_batch("vit")
+    with torch.no_grad():
+        expected = ours.encode_image(image), ours.encode_text(text)
+        twin = copy.deepcopy(ours)
+        twin.load_state_dict(ours.state_dict())
+        assert torch.equal(twin.encode_text(text), expected[1])
+        for dtype, bound in ((torch.bfloat16, 0.05), (torch.float16, 0.01)):
+            low = copy.deepcopy(ours).to(dtype)
+            assert low.encode_image(image).dtype == low.encode_text(text).dtype == low.dtype == dtype
+            assert relative(low.encode_image(image), expected[0]) < bound
+            assert relative(low.encode_text(text), expected[1]) < bound
+        with torch.autocast("cpu", torch.bfloat16):
+            assert relative(ours.encode_image(image), expected[0]) < 0.05
+            assert relative(ours.encode_text(text), expected[1]) < 0.05
+
+
+def test_wrong_input_is_named() -> None:
+    ours, _ = small_pair("vit")
+    with pytest.raises(ValueError, match=r"expected images \[B, 3, 32, 32\], got \[1, 3, 40, 40\]"):
+        ours.encode_image(torch.zeros(1, 3, 40, 40))
+    with pytest.raises(ValueError, match=r"L ≤ 20\], got \[1, 21\]"):
+        ours.encode_text(torch.zeros(1, 21, dtype=torch.int64))
+    with pytest.raises(TypeError, match="integer token ids, got torch.float32"):
+        ours.encode_text(torch.zeros(1, 20))
+    with pytest.raises(ValueError, match="expected 2 lengths"):
+        ours.encode_text(torch.zeros(2, 20, dtype=torch.int64), lengths=[3])
+    with pytest.raises(ValueError, match="vision_patch_size"):
+        CLIP(**{**SMALL["vit"], "vision_patch_size": None}, **TEXT)

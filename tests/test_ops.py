@@ -1,0 +1,122 @@
+"""What holds for the ops as PyTorch operators: opcheck, torch.compile, the choice of a backend, the import guard."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clipfast import kernels
+from clipfast.kernels import dispatch
+from tests.test_kernels import arguments
+
+ROOT = Path(__file__).parents[1]
+
+
+class Calls(TorchDispatchMode):
+    """Records the calls of one clipfast operator."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.calls = f"clipfast::{name}", []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name() == self.name:
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+def tensors(outputs) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+@pytest.mark.parametrize(("op", "case"), [(op, case) for op, home in kernels.OPS.items() for case in home.spec.CASES])
+def test_opcheck(op: str, case: str) -> None:
+    """Schema and fake of the raw operators, forward and backward, on the arguments that the public function gives them."""
+    given = arguments(op, case, torch.float32, "cpu")
+    with Calls(op) as forward, Calls(f"{op}_backward") as backward:
+        outputs = tensors(getattr(kernels, op)(**given))
+        torch.autograd.backward(outputs, [torch.randn_like(o) for o in outputs])
+    assert forward.calls and backward.calls
+    for function, args in [*forward.calls, *backward.calls]:
+        leaves = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
+        torch.library.opcheck(function, leaves, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_compiles_to_one_graph(op: str) -> None:
+    case = next(iter(kernels.OPS[op].spec.CASES))
+    given = arguments(op, case, torch.float32, "cpu")
+    function = getattr(kernels, op)
+    leaves = [v for v in given.values() if isinstance(v, Tensor) and v.requires_grad]
+    expected = tensors(function(**given))
+    got = tensors(torch.compile(function, fullgraph=True, backend="aot_eager")(**given))
+    upstream = [torch.randn_like(o) for o in expected]
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(torch.autograd.grad(got, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_no_gradient_work_without_gradients(op: str) -> None:
+    given = arguments(op, next(iter(kernels.OPS[op].spec.CASES)), torch.float32, "cpu")
+    with torch.no_grad(), Calls(f"{op}_backward") as backward:
+        outputs = tensors(getattr(kernels, op)(**given))
+    assert not backward.calls and not any(o.requires_grad for o in outputs)
+
+
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_upstream_gradients_may_have_any_strides(op: str) -> None:
+    given = arguments(op, next(iter(kernels.OPS[op].spec.CASES)), torch.float64, "cpu")
+    leaves = [v for v in given.values() if isinstance(v, Tensor) and v.requires_grad]
+    outputs = tensors(getattr(kernels, op)(**given))
+    flat = [torch.full_like(o, 0.7) for o in outputs]
+    strange = [torch.tensor(0.7, dtype=o.dtype).expand(o.shape) for o in outputs]
+    once = torch.autograd.grad(outputs, leaves, flat, retain_graph=True)
+    for a, b in zip(once, torch.autograd.grad(outputs, leaves, strange), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_every_op_has_its_backends() -> None:
+    """Rows of test_kernels skip a backend that is absent; here it shows when one is."""
+    assert set(kernels.OPS) == {"attention", "contrastive", "layer_norm", "mlp", "pooling"}
+    for name, op in kernels.OPS.items():
+        for backend in ("triton", "torch", *(["cpu"] if "cpu" in op.compiled else [])):
+            assert not isinstance(op.backend(backend), str), f"{name}: {backend}: {op.backend(backend)}"
+    assert "cpu" in kernels.OPS["attention"].compiled and "cpu" in kernels.OPS["mlp"].compiled
+
+
+def test_forced_backend_runs_or_says_why_not() -> None:
+    given = arguments("mlp", "quick C64", torch.float64, "cpu")
+    with dispatch.use("cpu"), pytest.raises(RuntimeError, match="mlp on cpu: no backend runs this .cpu: expected float32"):
+        kernels.mlp(**given)
+    with dispatch.use("fast"), pytest.raises(RuntimeError, match="fast: expected one of cuda, triton, cpu, torch"):
+        kernels.mlp(**given)
+    kernels.mlp(**given)  # the choice is automatic again
+
+
+def test_kernels_refuses_to_be_imported_by_its_folder_name() -> None:
+    done = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "import clipfast.kernels, not kernels" in done.stderr
+
+
+def test_import_needs_neither_compiled_library_nor_triton() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+torch.ops.load_library = None
+import clipfast.kernels as kernels
+kernels.dispatch.library = lambda kind: "not built"
+x = torch.randn(2, 64)
+assert kernels.layer_norm(x, x[0], x[1]).shape == (2, 64)
+assert kernels.OPS["mlp"].choose(x, x[0], True)[0] == "torch"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -348,7 +348,7 @@ class CLIP(nn.Module):
         return logits_per_image, logits_per_image.t()
 
     def forward_intermediates(
-        self, image: Tensor | None = None, text: Tensor | None = None, normalize: bool = False
+        self, image: Tensor | None = None, text: Tensor | None = None, normalize: bool = True
     ) -> dict[str, Any]:
         """The features, and what every token was after each block.
 

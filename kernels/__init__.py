@@ -25,9 +25,10 @@ if __name__ == "kernels":
 
 from clipfast.kernels import dispatch
 from clipfast.kernels.attention import attention
+from clipfast.kernels.contrastive import contrastive
 from clipfast.kernels.dispatch import OPS, use
 from clipfast.kernels.layer_norm import layer_norm
 from clipfast.kernels.mlp import mlp
 from clipfast.kernels.pooling import pooling
 
-__all__ = ["OPS", "attention", "dispatch", "layer_norm", "mlp", "pooling", "use"]
+__all__ = ["OPS", "attention", "contrastive", "dispatch", "layer_norm", "mlp", "pooling", "use"]

@@ -137,8 +137,8 @@ def test_intermediates_agree_with_the_short_cut(family: str) -> None:
     ours, theirs = (model.eval() for model in small_pair(family))
     image, text = small_batch(family)
     with torch.no_grad():
-        out = ours.forward_intermediates(image, text, normalize=True)
-        expected = theirs.forward_intermediates(image, text, normalize=True, image_output_fmt="NCHW", output_extra_tokens=True)
+        out = ours.forward_intermediates(image, text)
+        expected = theirs.forward_intermediates(image, text)
         assert relative(out["image_features"], ours.encode_image(image, normalize=True)) < 1e-5
         assert relative(out["text_features"], ours.encode_text(text, normalize=True)) < 1e-5
     for got, state in zip(out["image_intermediates"][-3:], expected["image_intermediates"][-3:], strict=True):

@@ -4,7 +4,8 @@ CLIP reads one vector out of each tower, so that the last block needs one query 
 
     q_h = (W_q query + b_q)_h / √K,  u_h = W_k,hᵀ q_h,  p = softmax_j(x_j · u_h),  y_h = Σ_j p_j x_j,  out_h = W_v,h y_h + b_v,h
 
-equals ordinary attention (b_k adds the same to every score of a head and cancels), for 4LCH + 2C² FLOPs a sequence instead of 4LC².
+equals ordinary attention (b_k adds the same to every score of a head and cancels), for 4LCH FLOPs a sequence beside the projections
+of its one query, where keys and values cost 4LC².
 """
 
 from __future__ import annotations
@@ -47,15 +48,12 @@ def pooling(
     """
     C = x.shape[-1]
     _check(x, query, heads, cu_seqlens, q_weight=q_weight, k_weight=k_weight, v_weight=v_weight, q_bias=q_bias, v_bias=v_bias)
-    if cu_seqlens is None:
-        max_length = x.shape[1]
-    else:
-        max_length = _check_lengths(cu_seqlens, x.shape[0], max_length)
+    longest = x.shape[1] if cu_seqlens is None else _check_lengths(cu_seqlens, x.shape[0], max_length)
     K = C // heads
     q = F.linear(query, q_weight, q_bias) * K**-0.5
     # u leaves this product head by head, [H, B, C] in memory; the op reads it by its strides.
     u = torch.bmm(q.unflatten(1, (heads, K)).transpose(0, 1), k_weight.unflatten(0, (heads, K))).transpose(0, 1)
-    y, _ = torch.ops.clipfast.pooling(x, u.to(x.dtype), cu_seqlens, max_length)
+    y, _ = torch.ops.clipfast.pooling(x, u.to(x.dtype), cu_seqlens, longest)
     values = v_weight.unflatten(0, (heads, K)).transpose(1, 2)
     return torch.baddbmm(v_bias.view(heads, 1, K), y.transpose(0, 1), values).transpose(0, 1).flatten(1)
 

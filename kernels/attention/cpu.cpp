@@ -1,0 +1,268 @@
+// Attention for short sequences on the CPU, fp32. One task is one head of one sequence: it reads q, k, v where the projection left
+// them and writes where the next one reads, so that nothing is split, padded or transposed.
+//
+// Queries go in blocks of at most 32, transposed into the lanes: S[j][i] = k_j · q_i has the keys in rows and the queries in lanes, so
+// that maxima, sums and the softmax's gradient run down the rows with no sum across lanes, and K and V are read in place. Every
+// product is one micro-kernel, `product`, whose left operand is broadcast (hence may have any strides) and whose right one is vectors.
+#include "vec.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+
+namespace clipfast {
+namespace {
+
+constexpr int64_t kLanes = 16;  // one AVX-512 register; the compiler makes two or four of it on lesser machines
+constexpr int64_t kBlock = 32;  // queries of a block
+using Vector = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+using Flags = int32_t __attribute__((vector_size(4 * kLanes)));
+
+CLIPFAST_INLINE Vector& at(float* p) { return *reinterpret_cast<Vector*>(p); }
+CLIPFAST_INLINE const Vector& at(const float* p) { return *reinterpret_cast<const Vector*>(p); }
+
+// With 32 vector registers of 16 floats a tile of 8 × 2 vectors stays in registers; with 16 of 8 floats, one of 4 × 1.
+const bool kWide = __builtin_cpu_supports("avx512f");
+
+struct Matrix {  // a broadcast operand: element (r, c) at p[r·row + c·column]
+  const float* p;
+  int64_t row, column;
+};
+
+// C[m, 16n] = A[m, depth] · B[depth, 16n], or += where `add`: m, n fixed, the sums in registers.
+template <int m, int n>
+CLIPFAST_INLINE void tile(Matrix A, const float* B, int64_t ldb, float* C, int64_t ldc, int64_t depth, bool add) {
+  Vector sum[m][n] = {};
+  if (add)
+    for (int i = 0; i < m; ++i)
+      for (int j = 0; j < n; ++j) sum[i][j] = at(C + i * ldc + j * kLanes);
+  for (int64_t d = 0; d < depth; ++d)
+#pragma GCC unroll 8
+    for (int i = 0; i < m; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < n; ++j) sum[i][j] += A.p[i * A.row + d * A.column] * at(B + d * ldb + j * kLanes);
+  for (int i = 0; i < m; ++i)
+    for (int j = 0; j < n; ++j) at(C + i * ldc + j * kLanes) = sum[i][j];
+}
+
+template <int n>
+CLIPFAST_INLINE void rows(Matrix A, const float* B, int64_t ldb, float* C, int64_t ldc, int64_t count, int64_t depth, bool add, int most) {
+  while (count > 0) {
+    // Even shares: 9 rows are 5 + 4, not 8 + 1, which would wait on the latency of one chain.
+    const int64_t tiles = (count + most - 1) / most, m = (count + tiles - 1) / tiles;
+    switch (m) {
+      case 1: tile<1, n>(A, B, ldb, C, ldc, depth, add); break;
+      case 2: tile<2, n>(A, B, ldb, C, ldc, depth, add); break;
+      case 3: tile<3, n>(A, B, ldb, C, ldc, depth, add); break;
+      case 4: tile<4, n>(A, B, ldb, C, ldc, depth, add); break;
+      case 5: tile<5, n>(A, B, ldb, C, ldc, depth, add); break;
+      case 6: tile<6, n>(A, B, ldb, C, ldc, depth, add); break;
+      case 7: tile<7, n>(A, B, ldb, C, ldc, depth, add); break;
+      default: tile<8, n>(A, B, ldb, C, ldc, depth, add);
+    }
+    A.p += m * A.row;
+    C += m * ldc;
+    count -= m;
+  }
+}
+
+// C[count, width] = A[count, depth] · B[depth, width], or += where `add`; width a multiple of 16.
+CLIPFAST_CLONES void product(
+    Matrix A, const float* B, int64_t ldb, float* C, int64_t ldc, int64_t count, int64_t width, int64_t depth, bool add) {
+  int64_t c = 0;
+  if (kWide)
+    for (; c + 2 * kLanes <= width; c += 2 * kLanes) rows<2>(A, B + c, ldb, C + c, ldc, count, depth, add, 8);
+  for (; c < width; c += kLanes) rows<1>(A, B + c, ldb, C + c, ldc, count, depth, add, kWide ? 8 : 4);
+}
+
+// to[c][i] = factor · from[i][c] for i < count, and 0 for the other lanes.
+CLIPFAST_CLONES void transpose(const float* from, int64_t stride, int64_t count, int64_t K, int64_t lanes, float factor, float* to) {
+  for (int64_t c = 0; c < K; ++c)
+    for (int64_t i = count; i < lanes; ++i) to[c * lanes + i] = 0.0f;
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t c = 0; c < K; ++c) to[c * lanes + i] = factor * from[i * stride + c];
+}
+
+CLIPFAST_INLINE void exp_lanes(float* p) {
+#pragma omp simd
+  for (int64_t l = 0; l < kLanes; ++l) p[l] = exp_fp32(p[l]);
+}
+
+// Lane l is query first + l: it sees the keys up to itself.
+CLIPFAST_INLINE Vector hide_later(Vector s, int64_t key, int64_t first) {
+  Flags query;
+  for (int l = 0; l < kLanes; ++l) query[l] = static_cast<int32_t>(first) + l;
+  return query >= static_cast<int32_t>(key) ? s : Vector{} - INFINITY;
+}
+
+// S[keys][lanes] -> softmax over the keys, in place; lse[lanes] -> its logarithm's denominators.
+CLIPFAST_CLONES void softmax(float* S, int64_t keys, int64_t lanes, bool causal, int64_t first, float* lse) {
+  for (int64_t l = 0; l < lanes; l += kLanes) {
+    Vector top = Vector{} - INFINITY, sum = {};
+    for (int64_t j = 0; j < keys; ++j) {
+      Vector& s = at(S + j * lanes + l);
+      if (causal && j > first) s = hide_later(s, j, first + l);
+      top = s > top ? s : top;  // a NaN is passed over here and comes out of the exponential
+    }
+    for (int64_t j = 0; j < keys; ++j) {
+      float* p = S + j * lanes + l;
+      at(p) -= top;
+      exp_lanes(p);
+      sum += at(p);
+    }
+    const Vector inverse = 1.0f / sum;
+    for (int64_t j = 0; j < keys; ++j) at(S + j * lanes + l) *= inverse;
+    for (int i = 0; i < kLanes; ++i) lse[l + i] = top[i] + std::log(sum[i]);
+  }
+}
+
+// From S[keys][lanes] and dP[keys][lanes]: P into S, and dS = factor · P·(dP − ⟨P, dP⟩) into dP.
+CLIPFAST_CLONES void softmax_backward(
+    float* S, float* dP, int64_t keys, int64_t lanes, bool causal, int64_t first, const float* lse, float factor) {
+  for (int64_t l = 0; l < lanes; l += kLanes) {
+    const Vector denominator = at(lse + l);
+    Vector dot = {};
+    for (int64_t j = 0; j < keys; ++j) {
+      float* p = S + j * lanes + l;
+      at(p) -= denominator;
+      if (causal && j > first) at(p) = hide_later(at(p), j, first + l);
+      exp_lanes(p);
+      dot += at(p) * at(dP + j * lanes + l);
+    }
+    for (int64_t j = 0; j < keys; ++j) {
+      Vector& d = at(dP + j * lanes + l);
+      d = factor * at(S + j * lanes + l) * (d - dot);
+    }
+  }
+}
+
+struct Sequence {  // one head of one sequence
+  int64_t L, K;
+  bool causal;
+  float scale;
+};
+
+int64_t lanes_of(int64_t count) { return count > kLanes ? kBlock : kLanes; }
+
+// q, k, v: [L, K] with a row stride; out: [L, K] with a row stride; lse: [L]. scratch: kBlock · (K + L) floats.
+void forward_head(Sequence s, const float* q, const float* k, const float* v, int64_t stride, float* out, int64_t ldo, float* lse, float* scratch) {
+  float *Q = scratch, *S = scratch + kBlock * s.K, last[kBlock];
+  for (int64_t first = 0; first < s.L; first += kBlock) {
+    const int64_t count = std::min(kBlock, s.L - first), lanes = lanes_of(count), keys = s.causal ? first + count : s.L;
+    transpose(q + first * stride, stride, count, s.K, lanes, s.scale, Q);
+    product({k, stride, 1}, Q, lanes, S, lanes, keys, lanes, s.K, false);
+    softmax(S, keys, lanes, s.causal, first, last);
+    product({S, 1, lanes}, v, stride, out + first * ldo, ldo, count, s.K, keys, false);
+    std::copy(last, last + count, lse + first);
+  }
+}
+
+// d*: the gradients, dout with its own row stride, dq, dk, dv with ldd. scratch: kBlock · 2 (K + L) floats.
+void backward_head(
+    Sequence s, const float* q, const float* k, const float* v, int64_t stride, const float* dout, int64_t ldo, const float* lse,
+    float* dq, float* dk, float* dv, int64_t ldd, float* scratch) {
+  float *Q = scratch, *dO = Q + kBlock * s.K, *S = dO + kBlock * s.K, *dP = S + kBlock * s.L, last[kBlock] = {};
+  // From the last block on: it alone reaches every key when causal, so it writes dk and dv, and the others add.
+  const int64_t blocks = (s.L + kBlock - 1) / kBlock;
+  for (int64_t first = (blocks - 1) * kBlock; first >= 0; first -= kBlock) {
+    const int64_t count = std::min(kBlock, s.L - first), lanes = lanes_of(count), keys = s.causal ? first + count : s.L;
+    const bool add = first + kBlock < s.L;
+    transpose(q + first * stride, stride, count, s.K, lanes, s.scale, Q);
+    transpose(dout + first * ldo, ldo, count, s.K, lanes, 1.0f, dO);
+    product({k, stride, 1}, Q, lanes, S, lanes, keys, lanes, s.K, false);
+    product({v, stride, 1}, dO, lanes, dP, lanes, keys, lanes, s.K, false);
+    std::copy(lse + first, lse + first + count, last);
+    softmax_backward(S, dP, keys, lanes, s.causal, first, last, s.scale);
+    product({dP, 1, lanes}, k, stride, dq + first * ldd, ldd, count, s.K, keys, false);
+    product({dP, lanes, 1}, q + first * stride, stride, dk, ldd, keys, s.K, count, add);
+    product({S, lanes, 1}, dout + first * ldo, ldo, dv, ldd, keys, s.K, count, add);
+  }
+}
+
+// Where the sequences lie: B of them, sequence b of length(b) from token start(b) on.
+struct Layout {
+  int64_t B, T, L, C, K, heads;
+  const int32_t* ends;
+  Tensor kept;
+
+  Layout(const Tensor& qkv, const std::optional<Tensor>& cu_seqlens, int64_t heads_)
+      : C(qkv.size(qkv.dim() - 1) / 3), K(C / heads_), heads(heads_), ends(nullptr), kept(qkv) {
+    if (cu_seqlens) {
+      kept = contiguous(*cu_seqlens);
+      ends = static_cast<const int32_t*>(kept.data_ptr());
+      B = kept.numel() - 1, T = qkv.size(0), L = 0;
+      STD_TORCH_CHECK(ends[0] == 0 && ends[B] == T, "attention: expected cu_seqlens to run from 0 to ", T, ", got ", ends[0], " to ", ends[B]);
+      for (int64_t b = 0; b < B; ++b) {
+        STD_TORCH_CHECK(ends[b] <= ends[b + 1], "attention: expected rising cu_seqlens, got ", ends[b], " before ", ends[b + 1]);
+        L = std::max<int64_t>(L, ends[b + 1] - ends[b]);
+      }
+    } else {
+      B = qkv.size(0), L = qkv.size(1), T = B * L;
+    }
+  }
+  int64_t start(int64_t b) const { return ends ? ends[b] : b * L; }
+  int64_t length(int64_t b) const { return ends ? ends[b + 1] - ends[b] : L; }
+  // The first row of sequence b in x [B, L, ·] or [T, ·]; rows are x.stride(-2) apart.
+  const float* rows(const Tensor& x, int64_t b) const {
+    return static_cast<const float*>(x.data_ptr()) + (ends ? ends[b] * x.stride(0) : b * x.stride(0));
+  }
+};
+
+// task(b, h, scratch) for every head of every sequence, with `floats` of scratch of its own.
+template <typename Task>
+void each_head(const Layout& at, int64_t floats, Task task) {
+  // A share below about 2^18 multiply-adds (5 µs) costs more to hand out than to do.
+  const int64_t work = std::max<int64_t>(1, at.T / std::max<int64_t>(1, at.B) * at.L * at.K);
+  torch::stable::parallel_for(0, at.B * at.heads, std::max<int64_t>(1, (1 << 18) / work), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float, decltype(&std::free)> scratch(
+        static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)), &std::free);
+    for (int64_t t = begin; t < end; ++t)
+      if (at.length(t / at.heads)) task(t / at.heads, t % at.heads, scratch.get());
+  });
+}
+
+Tensor with_contiguous_rows(const Tensor& x) { return x.stride(x.dim() - 1) == 1 ? x : contiguous(x); }
+
+std::tuple<Tensor, Tensor> forward(const Tensor& qkv_, const std::optional<Tensor>& cu_seqlens, int64_t heads, bool causal, int64_t) {
+  const Tensor qkv = with_contiguous_rows(qkv_);
+  const Layout layout(qkv, cu_seqlens, heads);
+  const int64_t C = layout.C, K = layout.K, T = layout.T, stride = qkv.stride(qkv.dim() - 2);
+  Tensor out = cu_seqlens ? new_empty(qkv, {T, C}) : new_empty(qkv, {layout.B, layout.L, C}), lse = new_empty(qkv, {heads, T});
+  auto *outp = static_cast<float*>(out.data_ptr()), *lsep = static_cast<float*>(lse.data_ptr());
+  each_head(layout, kBlock * (K + layout.L), [&](int64_t b, int64_t h, float* scratch) {
+    const Sequence s{layout.length(b), K, causal, 1.0f / std::sqrt(static_cast<float>(K))};
+    const float* q = layout.rows(qkv, b) + h * K;
+    const int64_t t = layout.start(b);
+    forward_head(s, q, q + C, q + 2 * C, stride, outp + t * C + h * K, C, lsep + h * T + t, scratch);
+  });
+  return {out, lse};
+}
+
+Tensor backward(
+    const Tensor& dout_, const Tensor&, const Tensor& lse_, const Tensor& qkv_, const std::optional<Tensor>& cu_seqlens, int64_t heads,
+    bool causal, int64_t) {
+  const Tensor qkv = with_contiguous_rows(qkv_), dout = with_contiguous_rows(dout_), lse = contiguous(lse_);
+  const Layout layout(qkv, cu_seqlens, heads);
+  const int64_t C = layout.C, K = layout.K, T = layout.T, stride = qkv.stride(qkv.dim() - 2), ldo = dout.stride(dout.dim() - 2);
+  Tensor dqkv = new_empty(qkv, qkv.sizes());
+  auto* dp = static_cast<float*>(dqkv.data_ptr());
+  const auto* lsep = static_cast<const float*>(lse.data_ptr());
+  each_head(layout, kBlock * 2 * (K + layout.L), [&](int64_t b, int64_t h, float* scratch) {
+    const Sequence s{layout.length(b), K, causal, 1.0f / std::sqrt(static_cast<float>(K))};
+    const float* q = layout.rows(qkv, b) + h * K;
+    const int64_t t = layout.start(b);
+    float* dq = dp + t * 3 * C + h * K;
+    backward_head(
+        s, q, q + C, q + 2 * C, stride, layout.rows(dout, b) + h * K, ldo, lsep + h * T + t, dq, dq + C, dq + 2 * C, 3 * C, scratch);
+  });
+  return dqkv;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(clipfast, CPU, m) {
+  m.impl("attention_cpu", TORCH_BOX(&forward));
+  m.impl("attention_backward_cpu", TORCH_BOX(&backward));
+}
+
+}  // namespace clipfast

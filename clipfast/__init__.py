@@ -1,1 +1,21 @@
 """clipfast: a CLIP engine. ``import clipfast as clip`` takes the place of OpenAI's package."""
+
+import sys
+
+from clipfast import tokenizer as simple_tokenizer
+from clipfast.image import Preprocess, _transform
+from clipfast.info import info
+from clipfast.loss import ClipLoss, clip_loss
+from clipfast.model import CLIP, MODELS
+from clipfast.tokenizer import tokenize
+from clipfast.weights import available_models, build_model, convert, convert_weights, load
+
+__all__ = [
+    "CLIP", "MODELS", "ClipLoss", "Preprocess", "available_models", "build_model", "clip_loss", "convert", "convert_weights",
+    "info", "load", "tokenize",
+]  # fmt: skip
+__version__ = "0.1.0"
+
+# The other paths that users of OpenAI's package reach: clip.clip._transform, clip.model.build_model, clip.simple_tokenizer.
+clip = sys.modules[__name__]
+sys.modules |= {"clipfast.clip": clip, "clipfast.simple_tokenizer": simple_tokenizer}

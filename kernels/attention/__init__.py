@@ -80,6 +80,17 @@ def _checked_length(qkv: Tensor, cu_seqlens: Tensor, max_length: int | None) -> 
     return longest
 
 
+def _supports_cpu(*args: object) -> str | None:
+    qkv, _, heads, _, _ = args[-5:]
+    assert isinstance(qkv, Tensor) and isinstance(heads, int)
+    if qkv.device.type != "cpu":
+        return f"expected CPU tensors, got {qkv.device}"
+    if qkv.dtype != torch.float32:
+        return f"expected float32, got {qkv.dtype}"
+    K = qkv.shape[-1] // (3 * heads)
+    return f"expected heads of a multiple of 16 columns, got {K}" if K % 16 else None
+
+
 def _fake(qkv, cu_seqlens, heads, causal, max_length):
     C = qkv.shape[-1] // 3
     lse_dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
@@ -102,7 +113,5 @@ def _backward(ctx, dout, _):
     return dqkv, None, None, None, None
 
 
-OP = dispatch.Op(
-    __name__, forward=(_FORWARD, _fake), backward=(_BACKWARD, _fake_backward), compiled={}
-)
+OP = dispatch.Op(__name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), compiled={"cpu": _supports_cpu})
 torch.library.register_autograd("clipfast::attention", _backward, setup_context=_setup, lib=dispatch.LIBRARY)

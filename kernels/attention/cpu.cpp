@@ -89,19 +89,18 @@ CLIPFAST_INLINE void exp_lanes(float* p) {
 }
 
 // Lane l is query first + l: it sees the keys up to itself.
-CLIPFAST_INLINE Vector hide_later(Vector s, int64_t key, int64_t first) {
-  Flags query;
-  for (int l = 0; l < kLanes; ++l) query[l] = static_cast<int32_t>(first) + l;
-  return query >= static_cast<int32_t>(key) ? s : Vector{} - INFINITY;
+CLIPFAST_INLINE void hide_later(Vector& s, int64_t key, int64_t first) {
+  constexpr Flags lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  s = lane >= static_cast<int32_t>(key - first) ? s : Vector{} - INFINITY;
 }
 
-// S[keys][lanes] -> softmax over the keys, in place; lse[lanes] -> its logarithm's denominators.
-CLIPFAST_CLONES void softmax(float* S, int64_t keys, int64_t lanes, bool causal, int64_t first, float* lse) {
+// S[keys][lanes] -> its softmax over the keys, in place, and what was subtracted and divided by for each lane.
+CLIPFAST_CLONES void softmax(float* S, int64_t keys, int64_t lanes, bool causal, int64_t first, float* maxima, float* sums) {
   for (int64_t l = 0; l < lanes; l += kLanes) {
     Vector top = Vector{} - INFINITY, sum = {};
     for (int64_t j = 0; j < keys; ++j) {
       Vector& s = at(S + j * lanes + l);
-      if (causal && j > first) s = hide_later(s, j, first + l);
+      if (causal && j > first) hide_later(s, j, first + l);
       top = s > top ? s : top;  // a NaN is passed over here and comes out of the exponential
     }
     for (int64_t j = 0; j < keys; ++j) {
@@ -112,7 +111,8 @@ CLIPFAST_CLONES void softmax(float* S, int64_t keys, int64_t lanes, bool causal,
     }
     const Vector inverse = 1.0f / sum;
     for (int64_t j = 0; j < keys; ++j) at(S + j * lanes + l) *= inverse;
-    for (int i = 0; i < kLanes; ++i) lse[l + i] = top[i] + std::log(sum[i]);
+    at(maxima + l) = top;
+    at(sums + l) = sum;
   }
 }
 
@@ -125,7 +125,7 @@ CLIPFAST_CLONES void softmax_backward(
     for (int64_t j = 0; j < keys; ++j) {
       float* p = S + j * lanes + l;
       at(p) -= denominator;
-      if (causal && j > first) at(p) = hide_later(at(p), j, first + l);
+      if (causal && j > first) hide_later(at(p), j, first + l);
       exp_lanes(p);
       dot += at(p) * at(dP + j * lanes + l);
     }
@@ -146,14 +146,14 @@ int64_t lanes_of(int64_t count) { return count > kLanes ? kBlock : kLanes; }
 
 // q, k, v: [L, K] with a row stride; out: [L, K] with a row stride; lse: [L]. scratch: kBlock · (K + L) floats.
 void forward_head(Sequence s, const float* q, const float* k, const float* v, int64_t stride, float* out, int64_t ldo, float* lse, float* scratch) {
-  float *Q = scratch, *S = scratch + kBlock * s.K, last[kBlock];
+  float *Q = scratch, *S = scratch + kBlock * s.K, maxima[kBlock], sums[kBlock];
   for (int64_t first = 0; first < s.L; first += kBlock) {
     const int64_t count = std::min(kBlock, s.L - first), lanes = lanes_of(count), keys = s.causal ? first + count : s.L;
     transpose(q + first * stride, stride, count, s.K, lanes, s.scale, Q);
     product({k, stride, 1}, Q, lanes, S, lanes, keys, lanes, s.K, false);
-    softmax(S, keys, lanes, s.causal, first, last);
+    softmax(S, keys, lanes, s.causal, first, maxima, sums);
     product({S, 1, lanes}, v, stride, out + first * ldo, ldo, count, s.K, keys, false);
-    std::copy(last, last + count, lse + first);
+    for (int64_t i = 0; i < count; ++i) lse[first + i] = maxima[i] + std::log(sums[i]);
   }
 }
 

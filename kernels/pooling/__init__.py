@@ -2,10 +2,13 @@
 
 CLIP reads one vector out of each tower, so that the last block needs one query a sequence. Then for each head h
 
-    q_h = (W_q query + b_q)_h / √K,  u_h = W_k,hᵀ q_h,  p = softmax_j(x_j · u_h),  y_h = Σ_j p_j x_j,  out_h = W_v,h y_h + b_v,h
+    q_h = (W_q query + b_q)_h / √K
+    u_h = W_k,hᵀ q_h
+    y_h = Σ_j p_j x_j,  p = softmax_j(x_j · u_h)
+    out_h = W_v,h y_h + b_v,h
 
-equals ordinary attention (b_k adds the same to every score of a head and cancels), for 4LCH FLOPs a sequence beside the projections
-of its one query, where keys and values cost 4LC².
+equals ordinary attention (b_k adds the same to every score of a head and cancels), for 4LCH FLOPs a sequence beside the
+projections of its one query, where keys and values cost 4LC².
 """
 
 from __future__ import annotations
@@ -93,6 +96,16 @@ def _check_lengths(cu_seqlens: Tensor, T: int, max_length: int | None) -> int:
     return longest if max_length is None else max_length
 
 
+def _supports_cpu(*args: object) -> str | None:
+    tensors = [a for a in args if isinstance(a, Tensor) and a.dtype != torch.int32]
+    if any(t.device.type != "cpu" for t in tensors):
+        return "expected CPU tensors"
+    if any(t.dtype != torch.float32 for t in tensors):
+        return f"expected float32, got {', '.join(sorted({str(t.dtype) for t in tensors}))}"
+    C = tensors[0].shape[-1]
+    return None if C % 16 == 0 else f"expected a width that is a multiple of 16, got {C}"
+
+
 def _fake(x, u, cu_seqlens, max_length):
     lse = u.new_empty(u.shape[:2], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     return torch.empty_like(u, memory_format=torch.contiguous_format), lse
@@ -121,6 +134,6 @@ OP = dispatch.Op(
         "(Tensor dy, Tensor x, Tensor u, Tensor y, Tensor lse, Tensor? cu_seqlens, int max_length) -> (Tensor dx, Tensor du)",
         _fake_backward,
     ),
-    compiled={},
+    compiled={"cpu": _supports_cpu},
 )
 torch.library.register_autograd("clipfast::pooling", _backward, setup_context=_setup, lib=dispatch.LIBRARY)

@@ -80,11 +80,8 @@ def reference(
     def split(t: Tensor) -> Tensor:
         return t.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    q, k, v = (
-        split(F.linear(query, q_weight, q_bias)[:, None]),
-        split(F.linear(tokens, k_weight)),
-        split(F.linear(tokens, v_weight)),
-    )
+    q = split(F.linear(query, q_weight, q_bias)[:, None])
+    k, v = split(F.linear(tokens, k_weight)), split(F.linear(tokens, v_weight))
     scores = (k @ q.transpose(2, 3)).squeeze(-1).transpose(1, 2) * (x.shape[-1] // heads) ** -0.5  # [B, L, H]
     p = _softmax(scores, mask).transpose(1, 2)[:, :, None]
     return (p @ v).flatten(1) + v_bias

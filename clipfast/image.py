@@ -1,0 +1,98 @@
+"""Images -> the pixels that CLIP takes: OpenAI's transform, bit for bit, without torchvision."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+# Mean and deviation of each channel over CLIP's training images, on a scale of 0 to 1.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def read_image(source: Any) -> Image.Image:
+    """An image from a path, bytes, a PIL image, an array [H, W] or [H, W, 1|3|4] of uint8, or a tensor [1|3|4, H, W] of uint8.
+
+    It keeps its mode: OpenAI's transform resizes first and converts to RGB after.
+
+    Raises:
+        OSError: the file is missing, truncated or not an image.
+        TypeError, ValueError: not something that holds an image.
+    """
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, Tensor):
+        source = source.movedim(0, -1).cpu().numpy() if source.ndim == 3 else source.cpu().numpy()
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if not isinstance(source, (str, os.PathLike, bytes, bytearray)):
+        raise TypeError(f"expected a path, bytes, a PIL image, an array or a tensor, got {type(source).__name__}")
+    name = f"{len(source)} bytes" if isinstance(source, (bytes, bytearray)) else os.fspath(source)
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, (bytes, bytearray)) else source)
+        image.load()  # here, so that a truncated file is named
+    except UnidentifiedImageError:
+        raise OSError(f"{name}: expected an image that Pillow reads (JPEG, PNG, WebP, ...), got something else") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: expected an image, found no such file") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise OSError(f"{name}: the image cannot be read: {error}") from None
+    return image
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8:
+        raise TypeError(f"expected an image array of uint8, got {array.dtype}; scale to 0..255 and convert")
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[-1] not in (3, 4)):
+        raise ValueError(f"expected an image array [H, W] or [H, W, 1, 3 or 4], got {list(array.shape)}")
+    if 0 in array.shape:
+        raise ValueError(f"expected an image with pixels, got {list(array.shape)}")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+class Preprocess:
+    """OpenAI's transform: shorter side to R by Pillow's bicubic filter, centre crop, RGB (alpha dropped), normalised.
+
+    ``preprocess(image)`` takes whatever ``read_image`` takes and gives float32 [3, R, R]; a sequence of images, or an array
+    [B, H, W, 3], gives [B, 3, R, R].
+    """
+
+    def __init__(self, resolution: int) -> None:
+        self.resolution = resolution
+        self._mean, self._std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+
+    def __call__(self, image: Any) -> Tensor:
+        batch = isinstance(image, Sequence) and not isinstance(image, (str, bytes, bytearray))
+        if batch or (isinstance(image, (np.ndarray, Tensor)) and image.ndim == 4):
+            if not len(image):
+                raise ValueError("expected at least one image, got an empty batch")
+            return torch.stack([self._one(item) for item in image])
+        return self._one(image)
+
+    def _one(self, source: Any) -> Tensor:
+        image, R = read_image(source), self.resolution
+        width, height = image.size
+        # The longer side is cut to a whole number of pixels, the crop's corner rounded, both as torchvision does.
+        size = (R, int(R * height / width)) if width <= height else (int(R * width / height), R)
+        if image.size != size:
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        left, top = round((size[0] - R) / 2), round((size[1] - R) / 2)
+        pixels = np.array(image.crop((left, top, left + R, top + R)).convert("RGB"))
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255).sub_(self._mean).div_(self._std)
+
+    def __repr__(self) -> str:
+        return f"Preprocess({self.resolution})"
+
+
+def _transform(n_px: int) -> Preprocess:
+    """OpenAI's name for it."""
+    return Preprocess(n_px)

@@ -1,0 +1,331 @@
+"""Data: the right pairs, in an order that a seed fixes and a resumed run finds again; bad input counted, named and limited."""
+
+import io
+import json
+import logging
+import random
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clipfast.data import (
+    Batch,
+    DataConfig,
+    Sample,
+    Shards,
+    Tally,
+    output_folder,
+    random_square,
+    read_folder,
+    read_images,
+    replacing,
+    training_batches,
+)
+from clipfast.image import MEAN, STD, Preprocess
+from clipfast.tokenizer import tokenize
+
+R = 32
+
+
+def colour(number: int) -> tuple[int, int, int]:
+    return (number * 5 % 256, number * 11 % 256, 255 - number)
+
+
+def png(number: int, size: tuple[int, int] = (40, 32)) -> bytes:
+    """An image of one colour, so that its number can be read back from any crop of it."""
+    file = io.BytesIO()
+    Image.new("RGB", size, colour(number)).save(file, "PNG")
+    return file.getvalue()
+
+
+def caption(number: int) -> str:
+    return f"picture {number}"
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def write_shards(folder: Path, shards: int = 4, each: int = 6, replace: dict[str, bytes | None] | None = None) -> str:
+    """Shards of numbered pairs; `replace` puts other bytes under a name, or (None) leaves it out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        files: dict[str, bytes | None] = {}
+        for number in range(shard * each, (shard + 1) * each):
+            files |= {f"{number:04}.png": png(number), f"{number:04}.txt": caption(number).encode()}
+            files[f"{number:04}.json"] = json.dumps({"number": number}).encode()
+        files |= {name: content for name, content in (replace or {}).items() if name in files}
+        write_tar(folder / f"{shard:03}.tar", {name: content for name, content in files.items() if content is not None})
+    return str(folder / f"{{000..{shards - 1:03}}}.tar")
+
+
+def write_table(folder: Path, count: int = 24) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["path,caption"]
+    for number in range(count):
+        (folder / f"{number}.png").write_bytes(png(number))
+        lines.append(f"{number}.png,{caption(number)}")
+    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+    return str(folder / "pairs.csv")
+
+
+def take(where: str, count: int, start: int = 0, batch_size: int = 5, seed: int = 0, **config) -> list[Batch]:
+    batches = training_batches(DataConfig(where, **{"workers": 0} | config), R, batch_size, seed=seed)(start)
+    return [next(batches) for _ in range(count)]
+
+
+NUMBER_OF = {tuple(tokenize(caption(number))[0].tolist()): number for number in range(200)}
+
+
+def numbers(batches: list[Batch]) -> list[int]:
+    """Which pairs these are, by their captions, after checking that each image is the one of its caption."""
+    found = []
+    for batch in batches:
+        captions = [NUMBER_OF[tuple(row.tolist())] for row in batch.tokens]
+        expected = (torch.tensor([colour(n) for n in captions]) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+        torch.testing.assert_close(batch.pixels, expected[:, :, None, None].expand(-1, -1, R, R), atol=1e-5, rtol=0)
+        found += captions
+    return found
+
+
+def assert_equal(first: list[Batch], second: list[Batch]) -> None:
+    assert len(first) == len(second) > 0
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.pixels, b.pixels) and torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths)
+
+
+@pytest.fixture(params=["shards", "table"])
+def where(request, tmp_path):
+    return write_shards(tmp_path / "data") if request.param == "shards" else write_table(tmp_path / "data")
+
+
+def test_a_shard_gives_key_image_caption_and_metadata(tmp_path):
+    where = write_shards(tmp_path, shards=1, each=2, replace={"0001.txt": None})
+    write_tar(tmp_path / "more.tar", {"a.JPG": png(7), "a.cls": b"3", "b.webp": png(8), "b.json": b'{"caption": "from json"}'})
+    first, second, third, fourth = Shards([*Shards(where).urls, str(tmp_path / "more.tar")]).samples()
+    assert first == Sample("0000", png(0), "picture 0", {"number": 0})
+    assert second == Sample("0001", png(1), None, {"number": 1})
+    assert third == Sample("a", png(7), None, {"class": 3})
+    assert fourth == Sample("b", png(8), "from json", {"caption": "from json"})
+
+
+def test_batches_have_the_shapes_and_types_of_the_model(where):
+    (batch,) = take(where, 1)
+    assert batch.pixels.shape == (5, 3, R, R) and batch.pixels.dtype == torch.float32
+    assert batch.tokens.shape == (5, 77) and batch.tokens.dtype == torch.int32
+    assert batch.lengths.dtype == torch.int64 and batch.labels is None
+    assert torch.equal(batch.lengths, batch.tokens.argmax(1) + 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_epoch_has_every_pair_once_in_another_order(where, workers):
+    epochs = numbers(take(where, 2 * 6, batch_size=4, workers=workers))
+    counts = Counter(epochs)
+    assert counts == {number: 2 for number in range(24)}
+    if workers == 0:
+        first, second = epochs[:24], epochs[24:]
+        assert sorted(first) == sorted(second) == list(range(24))
+        assert first != second and first != sorted(first)
+
+
+def test_more_workers_than_shards_are_not_started(tmp_path):
+    where = write_shards(tmp_path, shards=1)
+    assert_equal(take(where, 3, workers=2), take(where, 3, workers=1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_seed_fixes_the_batches(where, workers):
+    assert_equal(take(where, 7, workers=workers, seed=3), take(where, 7, workers=workers, seed=3))
+    assert numbers(take(where, 4, workers=workers, seed=3)) != numbers(take(where, 4, workers=workers, seed=4))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("start", [1, 4, 13])  # 24 pairs in fives: step 13 is in the third epoch
+def test_batches_can_start_at_any_step(where, workers, start):
+    straight = take(where, start + 3, workers=workers)
+    assert_equal(take(where, 3, start=start, workers=workers), straight[start:])
+
+
+def test_only_one_epoch_is_read_to_be_skipped(where):
+    config = DataConfig(where, workers=0)
+    from clipfast.data import _BatchStream
+
+    class Counting:
+        read = 0
+        source = config.open()
+
+        def samples(self, *arguments):
+            for sample in self.source.samples(*arguments):
+                self.read += 1
+                yield sample
+
+    counting = Counting()
+    next(iter(_BatchStream(counting, config, R, 5, 77, 0, 1000)))
+    assert counting.read <= 2 * 24 + 5
+
+
+def test_loading_leaves_the_global_random_state_alone(where):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    take(where, 2, workers=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_random_square_is_a_window_of_the_resized_image():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 96, 3), np.uint8))
+    resized = np.asarray(image.resize((64, 32), Image.Resampling.BICUBIC))
+    rng, seen = random.Random(0), set()
+    for _ in range(400):
+        crop = np.asarray(random_square(image, 32, rng))
+        (left,) = [x for x in range(33) if np.array_equal(crop, resized[:, x : x + 32])]
+        seen.add(left)
+    assert seen == set(range(33))
+    square = image.crop((0, 0, 48, 48))
+    torch.testing.assert_close(Preprocess(R)(random_square(square, R, rng)), Preprocess(R)(square), atol=1e-6, rtol=0)
+
+
+def test_equal_captions_are_positives_on_request(tmp_path):
+    where = write_shards(tmp_path, replace={"0003.txt": b"picture 9", "0004.txt": b" picture 9\n"})
+    (batch,) = take(where, 1, batch_size=24, caption_labels=True)
+    assert batch.labels is not None and batch.labels.dtype == torch.int64
+    same = [(row == batch.tokens).all(1).tolist() for row in batch.tokens]
+    assert [(label == batch.labels).tolist() for label in batch.labels] == same
+    assert sum(map(sum, same)) == 24 + 6
+
+
+def test_a_bad_sample_is_logged_and_only_it_is_missing(tmp_path, caplog):
+    good = take(write_shards(tmp_path / "good"), 5)
+    where = write_shards(tmp_path / "bad", replace={"0005.png": b"not an image", "0011.txt": b"  ", "0017.png": png(17)[:60]})
+    with caplog.at_level(logging.WARNING):
+        bad = take(where, 5)
+    kept = [number for number in numbers(good) if number not in (5, 11, 17)]
+    assert numbers(bad) == kept
+    assert [len(batch.pixels) for batch in bad] != [len(batch.pixels) for batch in good]
+    for key in ("0005: ", "0011: no caption", "0017: "):
+        assert f"skipped {key}" in caplog.text
+    assert len(caplog.messages) == len(numbers(good)) - len(kept)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_samples_are_an_error(tmp_path, workers):
+    where = write_shards(tmp_path, replace={f"{number:04}.png": b"" for number in range(0, 24, 3)})
+    with pytest.raises(ValueError, match=r"at most 10% unreadable samples, got 1\d of \d+, last 00\d\d: ") as caught:
+        take(where, 40, workers=workers)
+    assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value)
+    assert len(take(where, 40, workers=workers, max_bad=0.4)) == 40
+
+
+def test_shards_come_through_pipes(tmp_path):
+    path = Path(write_shards(tmp_path, shards=1)).parent / "000.tar"
+    assert list(Shards(f"pipe:cat {path}").samples()) == list(Shards(str(path)).samples())
+    with pytest.raises(ValueError, match="shard pipe:cat .*: expected a readable tar.*exit 3"):
+        list(Shards(f"pipe:cat {path}; exit 3").samples())
+    with pytest.raises(ValueError, match="shard pipe:exit 6: expected a readable tar"):
+        list(Shards("pipe:exit 6").samples())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_is_no_tar_is_named(tmp_path, workers):
+    path = tmp_path / "000.tar"
+    path.write_bytes(b"plain text" * 200)
+    with pytest.raises(ValueError, match=f"shard {path}: expected a readable tar") as caught:
+        take(str(path), 1, workers=workers)
+    assert "\n" not in str(caught.value)
+    write_tar(path, {"a.png": png(1), "a.txt": b"one"})
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(ValueError, match=f"shard {path}: expected a readable tar"):
+        take(str(path), 1, workers=workers)
+
+
+def test_bad_metadata_names_its_sample(tmp_path):
+    write_tar(tmp_path / "a.tar", {"x.png": png(1), "x.json": b"{"})
+    with pytest.raises(ValueError, match="sample x: expected a JSON object"):
+        list(Shards(str(tmp_path / "a.tar")).samples())
+
+
+def test_missing_sources_are_named(tmp_path):
+    where = write_shards(tmp_path / "shards", shards=2)
+    with pytest.raises(FileNotFoundError, match="002.tar"):
+        Shards(where.replace("001", "002"))
+    table = write_table(tmp_path / "table")
+    with pytest.raises(ValueError, match="expected the columns path and title, got path, caption; title is missing"):
+        DataConfig(table, caption_column="title").open()
+    with pytest.raises(NotADirectoryError, match="nowhere"):
+        DataConfig(table, images=str(tmp_path / "nowhere")).open()
+    with pytest.raises(FileNotFoundError):
+        DataConfig(str(tmp_path / "none.csv")).open()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="expected images .* found none"):
+        DataConfig(str(tmp_path / "empty")).open()
+    (tmp_path / "empty.csv").write_text("path,caption\n")
+    with pytest.raises(ValueError, match="expected samples"):
+        take(str(tmp_path / "empty.csv"), 1)
+
+
+def test_tab_separated_tables_and_other_columns(tmp_path):
+    write_table(tmp_path / "images", 3)
+    (tmp_path / "t.tsv").write_text("title\tfile\npicture 1\t1.png\npicture 2\t2.png\n")
+    config = {"images": str(tmp_path / "images"), "image_column": "file", "caption_column": "title"}
+    assert sorted(numbers(take(str(tmp_path / "t.tsv"), 1, batch_size=2, **config))) == [1, 2]
+
+
+def test_a_folder_gives_classes(tmp_path):
+    for name in ("dog/2.png", "cat/1.PNG", "top.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(1))
+    (tmp_path / "notes.txt").write_text("no image")
+    samples = list(read_folder(tmp_path).samples())
+    assert [(s.key, s.meta["class"]) for s in samples] == [
+        ("cat/1.PNG", "cat"), ("dog/2.png", "dog"), ("top.png", tmp_path.name),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_read_images_keeps_order_and_tallies(threads):
+    samples = [Sample(str(n), b"broken" if n == 4 else png(n), None, {}) for n in range(11)]
+    samples.append(Sample("none", None, None, {}))
+    tally = Tally(0.5)
+    got = list(read_images(samples, Preprocess(R), 4, tally, threads))
+    assert [[s.key for s in good] for good, _ in got] == [["0", "1", "2", "3"], ["5", "6", "7"], ["8", "9", "10"]]
+    for good, pixels in got:
+        assert torch.equal(pixels, torch.stack([Preprocess(R)(Image.open(io.BytesIO(png(int(s.key))))) for s in good]))
+    assert (tally.seen, tally.bad) == (12, 2)
+    tally.check()
+    with pytest.raises(ValueError, match="2 of 12, last none: expected an image"):
+        tally.allowed = 0.1
+        tally.check()
+
+
+def test_replacing_is_all_or_nothing(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with replacing(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_output_folder_is_there_only_if_written_to(tmp_path):
+    with pytest.raises(RuntimeError), output_folder(tmp_path / "a" / "b") as folder:
+        assert folder.is_dir()
+        raise RuntimeError
+    assert not (tmp_path / "a" / "b").exists()
+    with output_folder(tmp_path / "c") as folder:
+        (folder / "x").write_text("x")
+    assert (tmp_path / "c" / "x").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="expected a folder that can be written at .*file"), output_folder(tmp_path / "file"):
+        pass

@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-OPS = ("attention", "contrastive", "layer_norm", "mlp", "pooling")
+OPS = ("attention", "batch_norm", "contrastive", "layer_norm", "mlp", "pooling")
 
 
 def with_cuda() -> bool:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if not hasattr(torch.ops.torchvision, "nms"):
-    # PyPI's torchvision fails to import beside a CPU build of torch for want of two operators that CLIP never calls.
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:  # PyPI's build beside a CPU build of torch: two operators are missing, which CLIP never calls
     _TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         _TORCHVISION.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+# From the repository's root transformers would take our folder kernels/ for the PyPI package of that name.
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 import open_clip  # noqa: E402
 

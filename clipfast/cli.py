@@ -12,14 +12,14 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from .data import DataConfig, Tally, training_batches
+from .data import UNREADABLE, DataConfig, Tally, training_batches
 from .evaluate import TEMPLATES, classify, embed, retrieval_source, zero_shot_source
 from .image import read_image
 from .info import info
 from .train import TrainConfig, sizes, train
 from .weights import load
 
-USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError, ArithmeticError, ImportError, csv.Error)
+USER_ERRORS = (*UNREADABLE, TypeError, RuntimeError, ArithmeticError, ImportError, csv.Error)
 Name = Annotated[str, "published model, hf-hub:... or path of a checkpoint"]
 Device = Annotated[str, "cpu, cuda, ...; default: cuda if there is one"]
 BatchSize = Annotated[int, "images at a time"]

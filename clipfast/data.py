@@ -38,6 +38,7 @@ from .image import Preprocess, read_image
 from .tokenizer import tokenize
 
 log = logging.getLogger(__name__)
+UNREADABLE = (ValueError, OSError, Image.DecompressionBombError)  # what reading one image can raise
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 
 
@@ -158,9 +159,7 @@ def read_folder(path: str | Path) -> Rows:
 class DataConfig:
     """Where pairs come from and how they are read."""
 
-    data: Annotated[
-        str, "shards ('data/{000..009}.tar', also pipe: and https:), a .csv or .tsv table, or a folder of images"
-    ] = ""
+    data: Annotated[str, "shards ('data/{000..009}.tar', also pipe: and https:), a .csv or .tsv table, or a folder of images"]
     images: Annotated[str, "folder that a table's image paths are relative to; default: the table's own"] = ""
     image_column: Annotated[str, "column of a table that holds the image's path"] = "path"
     caption_column: Annotated[str, "column of a table that holds the caption"] = "caption"
@@ -197,8 +196,7 @@ class Tally:
 
 def random_square(image: Image.Image, resolution: int, rng: random.Random) -> Image.Image:
     """Shorter side to `resolution`, bicubic, then a square at a random place: the paper's only augmentation."""
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    width, height = (int(resolution * side / min(image.size)) for side in image.size)
     left, top = rng.randint(0, width - resolution), rng.randint(0, height - resolution)
     return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + resolution, top + resolution))
 
@@ -284,8 +282,8 @@ class _BatchStream(IterableDataset[Batch | Exception]):
                 tally.skip(sample.key, "no caption")
                 continue
             try:
-                pixels.append(self.preprocess(random_square(_decode(sample), self.resolution, square)))
-            except (ValueError, OSError) as error:
+                pixels.append(self.preprocess(random_square(_decode(sample).convert("RGB"), self.resolution, square)))
+            except UNREADABLE as error:
                 tally.skip(sample.key, error)
                 continue
             captions.append(sample.caption or "")
@@ -319,7 +317,7 @@ def read_images(
     def load(sample: Sample) -> Tensor | Exception:
         try:
             return preprocess(_decode(sample))
-        except (ValueError, OSError) as error:
+        except UNREADABLE as error:
             return error
 
     def finish(chosen: Sequence[Sample], loaded: Iterable[Tensor | Exception]) -> Iterator[tuple[list[Sample], Tensor]]:

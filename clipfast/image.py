@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,34 +29,43 @@ def read_image(source: Any) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return source
-    if isinstance(source, Tensor):
-        source = source.movedim(0, -1).cpu().numpy() if source.ndim == 3 else source.cpu().numpy()
-    if isinstance(source, np.ndarray):
+    if isinstance(source, (np.ndarray, Tensor)):
         return _from_array(source)
     if not isinstance(source, (str, os.PathLike, bytes, bytearray)):
         raise TypeError(f"expected a path, bytes, a PIL image, an array or a tensor, got {type(source).__name__}")
-    name = f"{len(source)} bytes" if isinstance(source, (bytes, bytearray)) else os.fspath(source)
+    if isinstance(source, (str, os.PathLike)):
+        name = os.fspath(source)
+        try:
+            data = Path(source).read_bytes()  # at once: Pillow would keep the file of an animated image open
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{name}: expected an image, found no such file") from None
+        except OSError as error:
+            raise OSError(f"{name}: the image cannot be read: {error.strerror}") from None
+    else:
+        name, data = f"{len(source)} bytes", bytes(source)
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, (bytes, bytearray)) else source)
+        # No draft(), which has libjpeg scale large photos down as it decodes: quicker, but other pixels than OpenAI's.
+        image = Image.open(io.BytesIO(data))
         image.load()  # here, so that a truncated file is named
     except UnidentifiedImageError:
         raise OSError(f"{name}: expected an image that Pillow reads (JPEG, PNG, WebP, ...), got something else") from None
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{name}: expected an image, found no such file") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # whatever a decoder meets in a broken file: also SyntaxError, RuntimeError, its bomb error
         raise OSError(f"{name}: the image cannot be read: {error}") from None
     return image
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
+def _from_array(source: np.ndarray | Tensor) -> Image.Image:
+    array = source.cpu().numpy() if isinstance(source, Tensor) else source
+    if isinstance(source, Tensor) and array.ndim == 3:
+        if array.shape[0] not in (1, 3, 4):
+            raise ValueError(f"expected an image tensor [1, 3 or 4, H, W], got {list(array.shape)}; [H, W, 3] is for arrays")
+        array = np.moveaxis(array, 0, -1)
     if array.dtype != np.uint8:
-        raise TypeError(f"expected an image array of uint8, got {array.dtype}; scale to 0..255 and convert")
+        raise TypeError(f"expected an image of uint8, got {array.dtype}; scale to 0..255 and convert")
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim != 2 and (array.ndim != 3 or array.shape[-1] not in (3, 4)):
         raise ValueError(f"expected an image array [H, W] or [H, W, 1, 3 or 4], got {list(array.shape)}")
-    if 0 in array.shape:
-        raise ValueError(f"expected an image with pixels, got {list(array.shape)}")
     return Image.fromarray(np.ascontiguousarray(array))
 
 
@@ -81,6 +91,8 @@ class Preprocess:
     def _one(self, source: Any) -> Tensor:
         image, R = read_image(source), self.resolution
         width, height = image.size
+        if 0 in image.size:
+            raise ValueError(f"expected an image with pixels, got {width} x {height}")
         # The longer side is cut to a whole number of pixels, the crop's corner rounded, both as torchvision does.
         size = (R, int(R * height / width)) if width <= height else (int(R * width / height), R)
         if image.size != size:

@@ -37,6 +37,8 @@ def clip_loss(
             f"clip_loss: expected as many texts as images, at least one, got {tuple(image_features.shape)} and "
             f"{tuple(text_features.shape)}"
         )
+    if labels is not None:
+        _check_labels(image_features, labels)
     if normalize:
         image_features, text_features = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
     scale = logit_scale.reshape(()) if isinstance(logit_scale, Tensor) and logit_scale.numel() == 1 else logit_scale
@@ -47,18 +49,21 @@ def clip_loss(
     return loss - scale * _gain(image_features, text_features, labels)
 
 
+def _check_labels(image_features: Tensor, labels: Tensor) -> None:
+    if labels.shape != image_features.shape[:1]:
+        raise ValueError(f"clip_loss: expected one label per row, ({len(image_features)},), got {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"clip_loss: expected integer labels, got {labels.dtype}; convert with .long()")
+    if labels.device != image_features.device:
+        raise ValueError(f"clip_loss: expected labels on {image_features.device}, got {labels.device}; move them with .to")
+
+
 def _gain(image: Tensor, text: Tensor, labels: Tensor) -> Tensor:
     """Mean over i of ⟨image_i, mean of text_j over the positives j of i⟩ - ⟨image_i, text_i⟩, exactly 0 for distinct labels.
 
     The target mass 1/count of each positive is symmetric in i and j, so this one term moves both directions from the plain
     loss to the one with shared targets.
     """
-    if labels.shape != image.shape[:1]:
-        raise ValueError(f"clip_loss: expected one label per row, ({len(image)},), got {tuple(labels.shape)}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"clip_loss: expected integer labels, got {labels.dtype}; convert with .long()")
-    if labels.device != image.device:
-        raise ValueError(f"clip_loss: expected labels on {image.device}, got {labels.device}; move them with .to")
     text = text.to(torch.promote_types(text.dtype, torch.float32))
     ordered, order = labels.sort()
     starts = torch.ones_like(ordered, dtype=torch.bool)
@@ -104,7 +109,7 @@ class ClipLoss(nn.Module):
         if world_size != 1 or rank != 0 or use_horovod:
             raise ValueError(
                 f"ClipLoss: expected one process (rank 0, world_size 1, no Horovod), got rank {rank}, world_size {world_size}, "
-                f"use_horovod {use_horovod}; one process's batch may be of any size, the loss needs memory for its features only"
+                f"use_horovod {use_horovod}; its batch may be of any size, as the loss needs memory for the features only"
             )
 
     def forward(

@@ -1,11 +1,12 @@
 """Text to tokens: the byte-pair encoding of OpenAI's CLIP, with the same tokens on every string.
 
-The vocabulary beside this file, `bpe_simple_vocab_16e6.txt.gz`, is OpenAI's (github.com/openai/CLIP, MIT licence), cut after the
-48,894 merges that CLIP uses.
+The vocabulary beside this file, `bpe_simple_vocab_16e6.txt.gz`, is OpenAI's (github.com/openai/CLIP, MIT licence), cut
+after the 48,894 merges that CLIP uses.
 
-Where the speed comes from: OpenAI's time goes into ftfy and into a regex over the whole caption. Plain ASCII needs neither: ftfy
-leaves it as it is, and as no token spans a space, whole words can be looked up; only a word not met before goes through the regex
-and the merges (Hugging Face's `tokenizers`). A word is remembered as the bytes of its int32 tokens, so a row is one join.
+Where the speed comes from: OpenAI's time goes into ftfy and into a regex over the whole caption. Plain ASCII needs
+neither: ftfy leaves it as it is, and as no token spans a space, whole words can be looked up; only a word not met before
+goes through the regex and the merges (Hugging Face's `tokenizers`). A word is remembered as the bytes of its int32
+tokens, so a row is one join.
 """
 
 import gzip
@@ -28,7 +29,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 def byte_alphabet() -> dict[int, str]:
     """One printable character for each of the 256 bytes, in the order of the first 256 token ids.
 
-    Printable Latin-1 stands for itself, the other bytes for the characters from U+0100 on (the byte-level BPE of GPT-2).
+    Printable Latin-1 stands for itself, the others for the characters from U+0100 on (the byte-level BPE of GPT-2).
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -37,8 +38,8 @@ def byte_alphabet() -> dict[int, str]:
 
 def clean(text: str) -> str:
     """Lower-cased `text`, repaired as OpenAI does: ftfy, HTML entities twice. White space is left for `split`."""
-    # On printable ASCII ftfy changes nothing but HTML entities, and an ampersand before a space begins none. White space at the
-    # ends goes either way. Tabs, line breaks and control characters inside take the exact path below.
+    # On printable ASCII ftfy changes nothing but HTML entities, and an ampersand before a space begins none. White space
+    # at the ends goes either way. Tabs, line breaks and control characters inside take the exact path below.
     if text.isascii() and text.strip().isprintable() and ("&" not in text or "&" not in text.replace("& ", "")):
         return text.lower()
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -157,7 +158,7 @@ def tokenize(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Tokens [B, context_length] int32 of one text (B = 1) or of B texts: start token, tokens, end token, zeros.
 
-    With `return_lengths` also the lengths [B] int64, up to and including the first end token, where CLIP reads the text.
+    With `return_lengths` also the lengths [B] int64, up to and including the first end token, where CLIP reads.
     RuntimeError when a text is too long, unless `truncate`: then it is cut and its last token is the end token.
     """
     if context_length < 1:
@@ -167,5 +168,5 @@ def tokenize(
         tokens = torch.frombuffer(bytearray().join(rows), dtype=torch.int32).view(len(rows), context_length)
     else:
         tokens = torch.zeros(0, context_length, dtype=torch.int32)
-    # The end token has the greatest id and argmax finds its first place, also in a text that spells out "<|endoftext|>".
+    # The end token has the greatest id; argmax finds its first place, also in a text that spells out "<|endoftext|>".
     return (tokens, tokens.argmax(dim=1) + 1) if return_lengths else tokens

@@ -75,9 +75,9 @@ class TrainConfig:
         return min(self.steps or math.inf, by_epochs or math.inf)
 
 
-# What may differ between a run and its resumption.
-FREE_ON_RESUME = {"out", "steps", "epochs", "epoch_samples", "max_seconds", "device", "checkpoint_every", "resume"}
-FREE_ON_RESUME |= {"tensorboard", "progress"}
+# What may differ between a run and its resumption: when it ends, and what does not touch the weights.
+ENDS = {"steps", "epochs", "epoch_samples", "max_seconds"}
+FREE_ON_RESUME = ENDS | {"out", "device", "checkpoint_every", "resume", "tensorboard", "progress"}
 
 
 def paper(model: str = "ViT-B/32", **changes: Any) -> TrainConfig:
@@ -88,12 +88,8 @@ def paper(model: str = "ViT-B/32", **changes: Any) -> TrainConfig:
     """
     rates = {"RN50x16": 4e-4, "RN50x64": 3.6e-4, "ViT-L/14": 4e-4, "ViT-L/14@336px": 2e-5}
     resnet = not isinstance(sizes(model)["vision_layers"], int)
-    run = {
-        "epochs": 1 if model == "ViT-L/14@336px" else 32,
-        "epoch_samples": 400_000_000,
-        "batch_size": 32_768,
-        "micro_batch": 256,
-    }
+    epochs = 1 if model == "ViT-L/14@336px" else 32
+    run = {"epochs": epochs, "epoch_samples": 400_000_000, "batch_size": 32_768, "micro_batch": 256}
     adam = {"lr": rates.get(model, 5e-4), "beta2": 0.999 if resnet else 0.98, "eps": 1e-8 if resnet else 1e-6, "warmup": 2000}
     return TrainConfig(**{"model": model} | run | adam | changes)
 
@@ -111,8 +107,6 @@ Batches = Callable[[int], Iterator[Batch]]  # batches(step): endless, from the b
 
 
 class Trained(NamedTuple):
-    """What `train` returns."""
-
     model: CLIP
     ema: CLIP | None  # the averaged weights, when config.ema is set
     steps: int
@@ -172,8 +166,7 @@ def train(
             loss = backward(model, split(batch, config.micro_batch), bf16)
             norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
             if not math.isfinite(loss + norm):  # the weights are untouched: the checkpoint and the model in memory stay good
-                found = f"loss {loss} and gradient norm {norm} at step {step + 1}"
-                raise FloatingPointError(f"expected finite numbers, got {found}; lower lr, or look at that batch")
+                raise FloatingPointError(f"loss {loss}, gradient norm {norm} at step {step + 1}; lower lr or see that batch")
             if config.grad_clip:
                 clip_grads_with_norm_(model.parameters(), config.grad_clip, torch.tensor(norm))
             optimizer.step()
@@ -182,9 +175,9 @@ def train(
             if ema:
                 ema.update_parameters(model)
 
+            metrics = {"loss": loss, "scale": model.logit_scale.exp().item(), "lr": rate, "gradient_norm": norm}
             elapsed = perf_counter() - clock
             step, seconds = step + 1, seconds + elapsed
-            metrics = {"loss": loss, "scale": model.logit_scale.exp().item(), "lr": rate, "gradient_norm": norm}
             metrics |= {"samples_per_second": len(batch.pixels) / elapsed, "seconds": seconds}
             run.record(step, min(1.0, share(step)), metrics)
             if step % config.checkpoint_every == 0 or share(step) >= 1:
@@ -215,12 +208,11 @@ def backward(model: CLIP, parts: Sequence[Batch], bf16: bool = False) -> float:
             cached.append(features(model, part, bf16))
         for buffer, value in zip(model.buffers(), before, strict=True):
             buffer.copy_(value)  # batch norm counts every part once, in the pass with a graph
-    image, text = (torch.cat(halves).requires_grad_() for halves in zip(*cached, strict=True))
-    loss = _loss(model, image, text, parts)
+    whole: list[Any] = [torch.cat(side).requires_grad_() for side in zip(*cached, strict=True)]
+    loss = _loss(model, whole[0], whole[1], parts)
     loss.backward()
-    assert image.grad is not None and text.grad is not None
-    counts = [len(part.pixels) for part in parts]
-    for part, state, *gradients in zip(parts, states, image.grad.split(counts), text.grad.split(counts), strict=True):
+    split_gradients = [side.grad.split([len(part.pixels) for part in parts]) for side in whole]
+    for part, state, *gradients in zip(parts, states, *split_gradients, strict=True):
         _set_random_state(state)  # the same dropout as in the first pass
         outputs = zip(features(model, part, bf16), gradients, strict=True)
         learning = [(output, gradient) for output, gradient in outputs if output.requires_grad]  # a frozen tower has none
@@ -278,8 +270,8 @@ def _beyond_shapes(model: CLIP) -> dict[str, Any]:
     """Arguments of CLIP that the shapes of its weights do not tell."""
     visual: Any = model.visual
     first = visual.transformer.resblocks[0].attn if hasattr(visual, "transformer") else visual.attnpool
-    heads = {"vision_heads": first.heads, "transformer_heads": model.transformer.resblocks[0].attn.heads}
-    return {"quick_gelu": model.quick_gelu} | heads
+    text: Any = model.transformer.resblocks[0].attn
+    return {"quick_gelu": model.quick_gelu, "vision_heads": first.heads, "transformer_heads": text.heads}
 
 
 class _Run:

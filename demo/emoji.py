@@ -430,9 +430,7 @@ def flatten(rgba: Tensor, resolution: int) -> Tensor:
     return normalize(rgb if resolution == SIZE else adaptive_avg_pool2d(rgb, resolution))
 
 
-def augment(
-    rgba: Tensor, resolution: int, generator: torch.Generator, *, geometry: float = 0.5, colour: float = 0.3
-) -> Tensor:
+def augment(rgba: Tensor, resolution: int, generator: torch.Generator, *, geometry: float = 0.5, colour: float = 0.3) -> Tensor:
     """Drawings varied, for training: uint8 [B, 64, 64, 4] of a Drawings -> float32 [B, 3, R, R], normalised.
 
     geometry 1 means up to 25 % of zoom and stretch, 14 degrees of turn and 10 % of shift either way; colour 1 means

@@ -11,6 +11,7 @@ One legend for every shape in this package:
 The ops:
 
     attention    softmax(QKᵀ/√K)·V from one packed QKV projection; dense, causal, packed lengths
+    batch_norm   batch norm in training, with residual addition and ReLU
     contrastive  both log-sum-exps of CLIP's similarity matrix and their gradients, the matrix never formed
     layer_norm   layer norm, with the residual addition before it in the same pass
     mlp          Linear, QuickGELU or GELU, Linear; the activation in one pass with the bias
@@ -25,10 +26,11 @@ if __name__ == "kernels":
 
 from clipfast.kernels import dispatch
 from clipfast.kernels.attention import attention
+from clipfast.kernels.batch_norm import batch_norm
 from clipfast.kernels.contrastive import contrastive
 from clipfast.kernels.dispatch import OPS, use
 from clipfast.kernels.layer_norm import layer_norm
 from clipfast.kernels.mlp import mlp
 from clipfast.kernels.pooling import pooling
 
-__all__ = ["OPS", "attention", "contrastive", "dispatch", "layer_norm", "mlp", "pooling", "use"]
+__all__ = ["OPS", "attention", "batch_norm", "contrastive", "dispatch", "layer_norm", "mlp", "pooling", "use"]

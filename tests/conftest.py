@@ -1,1 +1,1 @@
-import bench.rivals  # noqa: F401 - declares what torchvision lacks beside a CPU torch, before anything imports it
+import bench.rivals  # noqa: F401 - makes open_clip and transformers importable beside a CPU torch, from this folder

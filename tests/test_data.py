@@ -193,6 +193,22 @@ def test_random_square_is_a_window_of_the_resized_image():
     torch.testing.assert_close(Preprocess(R)(random_square(square, R, rng)), Preprocess(R)(square), atol=1e-6, rtol=0)
 
 
+def test_crops_are_each_sample_s_own(tmp_path):
+    """One wide picture under every name: crops differ within and between batches, and a bad sample moves no other's."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 96, 3), np.uint8)).save(file, "PNG")
+    same: dict[str, bytes | None] = {f"{number:04}.png": file.getvalue() for number in range(24)}
+    (good,) = take(write_shards(tmp_path / "good", replace=same), 1, batch_size=24)
+    crops = {tuple(row.tolist()): crop for row, crop in zip(good.tokens, good.pixels, strict=True)}
+    assert len(torch.stack(list(crops.values())).unique(dim=0)) > 12
+    (bad,) = take(write_shards(tmp_path / "bad", replace=same | {"0007.png": b"broken"}), 1, batch_size=24)
+    assert len(bad.pixels) == 23
+    for row, crop in zip(bad.tokens, bad.pixels, strict=True):
+        assert torch.equal(crop, crops[tuple(row.tolist())])
+    again = take(write_shards(tmp_path / "good", replace=same), 2, batch_size=24)[1]
+    assert any(not torch.equal(crop, crops[tuple(row.tolist())]) for row, crop in zip(again.tokens, again.pixels, strict=True))
+
+
 def test_equal_captions_are_positives_on_request(tmp_path):
     where = write_shards(tmp_path, replace={"0003.txt": b"picture 9", "0004.txt": b" picture 9\n"})
     (batch,) = take(where, 1, batch_size=24, caption_labels=True)
@@ -316,6 +332,14 @@ def test_replacing_is_all_or_nothing(tmp_path):
         file.write(b"new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_replaces_a_file_is_on_the_disk_first(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: order.append(("fsync", (tmp_path / "file").exists())))
+    with replacing(tmp_path / "file") as file:
+        file.write(b"all")
+    assert order == [("fsync", False)] and (tmp_path / "file").read_bytes() == b"all"
 
 
 def test_an_output_folder_is_there_only_if_written_to(tmp_path):

@@ -52,7 +52,7 @@ def write_names(root: Path) -> None:
 
 
 def write_style(root: Path, style: str, bodies: dict[str, str] | None = None, version: str | None = None) -> None:
-    """The older packages join by name and call thing 0 by its short code, thing 1 without hyphens; the others join by code points."""
+    """The older packages join by name: thing 0 by its short code, thing 1 without hyphens; the others join by code points."""
     by_name = style in ("noto-v1", "emojione", "emojione-v1", "fxemoji")
     names = {code: label.replace(" ", "-") for code, label in CONCEPTS}
     if by_name:

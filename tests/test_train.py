@@ -237,6 +237,25 @@ def test_a_resumed_run_ends_bitwise_equal(tmp_path, options):
         assert all(torch.equal(value, theirs["state"][number][key]) for key, value in state.items())
 
 
+class Dropout(CLIP):
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        return F.dropout(super().encode_image(image, normalize), 0.5, self.training)
+
+
+def test_a_resumed_run_draws_the_same_random_numbers(tmp_path):
+    def fresh() -> CLIP:
+        torch.manual_seed(0)
+        return Dropout(**SIZES)
+
+    straight = train(config(tmp_path / "straight", micro_batch=3), endless, fresh())
+    with pytest.raises(Interrupt):
+        train(config(tmp_path / "part", micro_batch=3, checkpoint_every=5), endless, fresh(), stop_at(5))
+    torch.rand(3)
+    resumed = train(config(tmp_path / "part", micro_batch=3, resume=True), endless, fresh())
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, straight.model.state_dict()[name]), name
+
+
 def test_a_finished_run_resumes_to_nothing(tmp_path):
     train(config(tmp_path, steps=3), endless)
     before = (tmp_path / "checkpoint.pt").read_bytes()

@@ -9,7 +9,8 @@ from clipfast.kernels import dispatch
 
 _FORWARD = "(Tensor qkv, Tensor? cu_seqlens, int heads, bool causal, int max_length) -> (Tensor out, Tensor lse)"
 _BACKWARD = (
-    "(Tensor dout, Tensor out, Tensor lse, Tensor qkv, Tensor? cu_seqlens, int heads, bool causal, int max_length) -> Tensor dqkv"
+    "(Tensor dout, Tensor out, Tensor lse, Tensor qkv, Tensor? cu_seqlens, int heads, bool causal, int max_length)"
+    " -> Tensor dqkv"
 )
 
 
@@ -54,7 +55,9 @@ def attention(
 def _checked_length(qkv: Tensor, cu_seqlens: Tensor, max_length: int | None) -> int:
     """The bound on the lengths, once ``cu_seqlens`` has been found to fit ``qkv``."""
     if qkv.dim() != 2:
-        raise ValueError(f"attention: expected a packed qkv [T, 3C] with cu_seqlens, got {tuple(qkv.shape)}; pass qkv.flatten(0, 1)")
+        raise ValueError(
+            f"attention: expected a packed qkv [T, 3C] with cu_seqlens, got {tuple(qkv.shape)}; pass qkv.flatten(0, 1)"
+        )
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"attention: expected cu_seqlens of dtype torch.int32, got {cu_seqlens.dtype}; pass cu_seqlens.int()")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
@@ -87,6 +90,8 @@ def _supports_cpu(*args: object) -> str | None:
         return f"expected CPU tensors, got {qkv.device}"
     if qkv.dtype != torch.float32:
         return f"expected float32, got {qkv.dtype}"
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return "expected a processor with AVX2: without it torch's own attention is faster"
     K = qkv.shape[-1] // (3 * heads)
     return f"expected heads of a multiple of 16 columns, got {K}" if K % 16 else None
 

@@ -4,61 +4,82 @@
 // Queries go in blocks of at most 32, transposed into the lanes: S[j][i] = k_j · q_i has the keys in rows and the queries in lanes, so
 // that maxima, sums and the softmax's gradient run down the rows with no sum across lanes, and K and V are read in place. Every
 // product is one micro-kernel, `product`, whose left operand is broadcast (hence may have any strides) and whose right one is vectors.
+// Written for registers of 16 and of 8 floats; the clone for machines with neither is correct but slow, and is not chosen.
 #include "vec.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <memory>
+#include <utility>
 
 namespace clipfast {
 namespace {
 
-constexpr int64_t kLanes = 16;  // one AVX-512 register; the compiler makes two or four of it on lesser machines
+constexpr int64_t kLanes = 16;  // queries come in whole AVX-512 registers
 constexpr int64_t kBlock = 32;  // queries of a block
-using Vector = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-using Flags = int32_t __attribute__((vector_size(4 * kLanes)));
 
-CLIPFAST_INLINE Vector& at(float* p) { return *reinterpret_cast<Vector*>(p); }
-CLIPFAST_INLINE const Vector& at(const float* p) { return *reinterpret_cast<const Vector*>(p); }
+// w floats anywhere in memory, one register: what is wider than a register the compiler puts on the stack (ten times slower).
+template <int w>
+struct Vector;
+template <>
+struct Vector<16> {
+  using Floats = float __attribute__((vector_size(64), aligned(4), may_alias));
+  using Flags = int32_t __attribute__((vector_size(64), aligned(4), may_alias));
+};
+template <>
+struct Vector<8> {
+  using Floats = float __attribute__((vector_size(32), aligned(4), may_alias));
+  using Flags = int32_t __attribute__((vector_size(32), aligned(4), may_alias));
+};
+template <int w>
+CLIPFAST_INLINE typename Vector<w>::Floats& at(float* p) {
+  return *reinterpret_cast<typename Vector<w>::Floats*>(p);
+}
+template <int w>
+CLIPFAST_INLINE const typename Vector<w>::Floats& at(const float* p) {
+  return *reinterpret_cast<const typename Vector<w>::Floats*>(p);
+}
 
-// With 32 vector registers of 16 floats a tile of 8 × 2 vectors stays in registers; with 16 of 8 floats, one of 4 × 1.
-const bool kWide = __builtin_cpu_supports("avx512f");
+// Every clone holds the code for both widths; the machine has registers of one. (VL, as a processor without it takes the AVX2 clone.)
+const bool kWide = __builtin_cpu_supports("avx512vl");
 
 struct Matrix {  // a broadcast operand: element (r, c) at p[r·row + c·column]
   const float* p;
   int64_t row, column;
 };
 
-// C[m, 16n] = A[m, depth] · B[depth, 16n], or += where `add`: m, n fixed, the sums in registers.
-template <int m, int n>
+// C[m, wn] = A[m, depth] · B[depth, wn], or += where `add`, the sums in registers.
+template <int w, int m, int n>
 CLIPFAST_INLINE void tile(Matrix A, const float* B, int64_t ldb, float* C, int64_t ldc, int64_t depth, bool add) {
-  Vector sum[m][n] = {};
+  typename Vector<w>::Floats sum[m][n] = {};
   if (add)
     for (int i = 0; i < m; ++i)
-      for (int j = 0; j < n; ++j) sum[i][j] = at(C + i * ldc + j * kLanes);
+      for (int j = 0; j < n; ++j) sum[i][j] = at<w>(C + i * ldc + j * w);
   for (int64_t d = 0; d < depth; ++d)
 #pragma GCC unroll 8
     for (int i = 0; i < m; ++i)
 #pragma GCC unroll 2
-      for (int j = 0; j < n; ++j) sum[i][j] += A.p[i * A.row + d * A.column] * at(B + d * ldb + j * kLanes);
+      for (int j = 0; j < n; ++j) sum[i][j] += A.p[i * A.row + d * A.column] * at<w>(B + d * ldb + j * w);
   for (int i = 0; i < m; ++i)
-    for (int j = 0; j < n; ++j) at(C + i * ldc + j * kLanes) = sum[i][j];
+    for (int j = 0; j < n; ++j) at<w>(C + i * ldc + j * w) = sum[i][j];
 }
 
-template <int n>
-CLIPFAST_INLINE void rows(Matrix A, const float* B, int64_t ldb, float* C, int64_t ldc, int64_t count, int64_t depth, bool add, int most) {
+// `count` rows of wn columns in tiles of at most `most` rows.
+template <int w, int n, int most>
+CLIPFAST_INLINE void columns(Matrix A, const float* B, int64_t ldb, float* C, int64_t ldc, int64_t count, int64_t depth, bool add) {
   while (count > 0) {
     // Even shares: 9 rows are 5 + 4, not 8 + 1, which would wait on the latency of one chain.
     const int64_t tiles = (count + most - 1) / most, m = (count + tiles - 1) / tiles;
     switch (m) {
-      case 1: tile<1, n>(A, B, ldb, C, ldc, depth, add); break;
-      case 2: tile<2, n>(A, B, ldb, C, ldc, depth, add); break;
-      case 3: tile<3, n>(A, B, ldb, C, ldc, depth, add); break;
-      case 4: tile<4, n>(A, B, ldb, C, ldc, depth, add); break;
-      case 5: tile<5, n>(A, B, ldb, C, ldc, depth, add); break;
-      case 6: tile<6, n>(A, B, ldb, C, ldc, depth, add); break;
-      case 7: tile<7, n>(A, B, ldb, C, ldc, depth, add); break;
-      default: tile<8, n>(A, B, ldb, C, ldc, depth, add);
+      case 1: tile<w, 1, n>(A, B, ldb, C, ldc, depth, add); break;
+      case 2: tile<w, 2, n>(A, B, ldb, C, ldc, depth, add); break;
+      case 3: tile<w, 3, n>(A, B, ldb, C, ldc, depth, add); break;
+      case 4: tile<w, 4, n>(A, B, ldb, C, ldc, depth, add); break;
+      case 5: tile<w, 5, n>(A, B, ldb, C, ldc, depth, add); break;
+      case 6: tile<w, 6, n>(A, B, ldb, C, ldc, depth, add); break;
+      case 7: tile<w, std::min(7, most), n>(A, B, ldb, C, ldc, depth, add); break;
+      default: tile<w, most, n>(A, B, ldb, C, ldc, depth, add);
     }
     A.p += m * A.row;
     C += m * ldc;
@@ -70,70 +91,122 @@ CLIPFAST_INLINE void rows(Matrix A, const float* B, int64_t ldb, float* C, int64
 CLIPFAST_CLONES void product(
     Matrix A, const float* B, int64_t ldb, float* C, int64_t ldc, int64_t count, int64_t width, int64_t depth, bool add) {
   int64_t c = 0;
-  if (kWide)
-    for (; c + 2 * kLanes <= width; c += 2 * kLanes) rows<2>(A, B + c, ldb, C + c, ldc, count, depth, add, 8);
-  for (; c < width; c += kLanes) rows<1>(A, B + c, ldb, C + c, ldc, count, depth, add, kWide ? 8 : 4);
+  if (kWide) {  // 8 × 2 sums and three operands in 32 registers
+    for (; c + 32 <= width; c += 32) columns<16, 2, 8>(A, B + c, ldb, C + c, ldc, count, depth, add);
+    if (c < width) columns<16, 1, 8>(A, B + c, ldb, C + c, ldc, count, depth, add);
+  } else {  // 6 × 2 sums and three operands in 16 registers
+    for (; c < width; c += 16) columns<8, 2, 6>(A, B + c, ldb, C + c, ldc, count, depth, add);
+  }
+}
+
+// An 8 × 8 block turned over in registers: scalars or gathers took a third of the whole forward at 17 tokens.
+CLIPFAST_INLINE void turn(Vector<8>::Floats (&r)[8]) {
+  Vector<8>::Floats t[8], u[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    t[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 8
+    for (int j = 0; j < 2; ++j) {
+      u[i + 2 * j] = __builtin_shufflevector(t[i + j], t[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      u[i + 2 * j + 1] = __builtin_shufflevector(t[i + j], t[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+#pragma GCC unroll 8
+  for (int i = 0; i < 4; ++i) {
+    r[i] = __builtin_shufflevector(u[i], u[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    r[i + 4] = __builtin_shufflevector(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
 }
 
 // to[c][i] = factor · from[i][c] for i < count, and 0 for the other lanes.
 CLIPFAST_CLONES void transpose(const float* from, int64_t stride, int64_t count, int64_t K, int64_t lanes, float factor, float* to) {
-  for (int64_t c = 0; c < K; ++c)
-    for (int64_t i = count; i < lanes; ++i) to[c * lanes + i] = 0.0f;
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t c = 0; c < K; ++c) to[c * lanes + i] = factor * from[i * stride + c];
+  static constexpr float zeros[8] = {};
+  for (int64_t i = 0; i < lanes; i += 8)
+    for (int64_t c = 0; c < K; c += 8) {
+      Vector<8>::Floats r[8];
+#pragma GCC unroll 8
+      for (int64_t l = 0; l < 8; ++l) r[l] = factor * at<8>(i + l < count ? from + (i + l) * stride + c : zeros);
+      turn(r);
+#pragma GCC unroll 8
+      for (int64_t l = 0; l < 8; ++l) at<8>(to + (c + l) * lanes + i) = r[l];
+    }
 }
 
-CLIPFAST_INLINE void exp_lanes(float* p) {
+template <int w>
+CLIPFAST_INLINE void exponentiate(float* p) {
 #pragma omp simd
-  for (int64_t l = 0; l < kLanes; ++l) p[l] = exp_fp32(p[l]);
+  for (int l = 0; l < w; ++l) p[l] = exp_fp32(p[l]);
 }
 
 // Lane l is query first + l: it sees the keys up to itself.
-CLIPFAST_INLINE void hide_later(Vector& s, int64_t key, int64_t first) {
-  constexpr Flags lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  s = lane >= static_cast<int32_t>(key - first) ? s : Vector{} - INFINITY;
+template <int w>
+CLIPFAST_INLINE void hide_later(float* s, int64_t key, int64_t first) {
+  static constexpr int32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const auto& lane = *reinterpret_cast<const typename Vector<w>::Flags*>(lanes);
+  const typename Vector<w>::Floats hidden = typename Vector<w>::Floats{} - INFINITY;
+  at<w>(s) = lane >= static_cast<int32_t>(key - first) ? at<w>(s) : hidden;
+}
+
+template <int w>
+CLIPFAST_INLINE void softmax_of(float* S, int64_t keys, int64_t lanes, bool causal, int64_t first, float* maxima, float* sums) {
+  for (int64_t l = 0; l < lanes; l += w) {
+    typename Vector<w>::Floats top = typename Vector<w>::Floats{} - INFINITY, sum = {};
+    for (int64_t j = 0; j < keys; ++j) {
+      float* s = S + j * lanes + l;
+      if (causal && j > first + l) hide_later<w>(s, j, first + l);
+      top = at<w>(s) > top ? at<w>(s) : top;  // a NaN is passed over here and comes out of the exponential
+    }
+    for (int64_t j = 0; j < keys; ++j) {
+      float* p = S + j * lanes + l;
+      at<w>(p) -= top;
+      exponentiate<w>(p);
+      sum += at<w>(p);
+    }
+    const typename Vector<w>::Floats inverse = 1.0f / sum;
+    for (int64_t j = 0; j < keys; ++j) at<w>(S + j * lanes + l) *= inverse;
+    at<w>(maxima + l) = top;
+    at<w>(sums + l) = sum;
+  }
 }
 
 // S[keys][lanes] -> its softmax over the keys, in place, and what was subtracted and divided by for each lane.
 CLIPFAST_CLONES void softmax(float* S, int64_t keys, int64_t lanes, bool causal, int64_t first, float* maxima, float* sums) {
-  for (int64_t l = 0; l < lanes; l += kLanes) {
-    Vector top = Vector{} - INFINITY, sum = {};
-    for (int64_t j = 0; j < keys; ++j) {
-      Vector& s = at(S + j * lanes + l);
-      if (causal && j > first) hide_later(s, j, first + l);
-      top = s > top ? s : top;  // a NaN is passed over here and comes out of the exponential
-    }
+  if (kWide)
+    softmax_of<16>(S, keys, lanes, causal, first, maxima, sums);
+  else
+    softmax_of<8>(S, keys, lanes, causal, first, maxima, sums);
+}
+
+template <int w>
+CLIPFAST_INLINE void softmax_backward_of(
+    float* S, float* dP, int64_t keys, int64_t lanes, bool causal, int64_t first, const float* lse, float factor) {
+  for (int64_t l = 0; l < lanes; l += w) {
+    const typename Vector<w>::Floats denominator = at<w>(lse + l);
+    typename Vector<w>::Floats dot = {};
     for (int64_t j = 0; j < keys; ++j) {
       float* p = S + j * lanes + l;
-      at(p) -= top;
-      exp_lanes(p);
-      sum += at(p);
+      at<w>(p) -= denominator;
+      if (causal && j > first + l) hide_later<w>(p, j, first + l);
+      exponentiate<w>(p);
+      dot += at<w>(p) * at<w>(dP + j * lanes + l);
     }
-    const Vector inverse = 1.0f / sum;
-    for (int64_t j = 0; j < keys; ++j) at(S + j * lanes + l) *= inverse;
-    at(maxima + l) = top;
-    at(sums + l) = sum;
+    for (int64_t j = 0; j < keys; ++j) {
+      float* d = dP + j * lanes + l;
+      at<w>(d) = factor * at<w>(S + j * lanes + l) * (at<w>(d) - dot);
+    }
   }
 }
 
 // From S[keys][lanes] and dP[keys][lanes]: P into S, and dS = factor · P·(dP − ⟨P, dP⟩) into dP.
 CLIPFAST_CLONES void softmax_backward(
     float* S, float* dP, int64_t keys, int64_t lanes, bool causal, int64_t first, const float* lse, float factor) {
-  for (int64_t l = 0; l < lanes; l += kLanes) {
-    const Vector denominator = at(lse + l);
-    Vector dot = {};
-    for (int64_t j = 0; j < keys; ++j) {
-      float* p = S + j * lanes + l;
-      at(p) -= denominator;
-      if (causal && j > first) hide_later(at(p), j, first + l);
-      exp_lanes(p);
-      dot += at(p) * at(dP + j * lanes + l);
-    }
-    for (int64_t j = 0; j < keys; ++j) {
-      Vector& d = at(dP + j * lanes + l);
-      d = factor * at(S + j * lanes + l) * (d - dot);
-    }
-  }
+  if (kWide)
+    softmax_backward_of<16>(S, dP, keys, lanes, causal, first, lse, factor);
+  else
+    softmax_backward_of<8>(S, dP, keys, lanes, causal, first, lse, factor);
 }
 
 struct Sequence {  // one head of one sequence
@@ -144,36 +217,58 @@ struct Sequence {  // one head of one sequence
 
 int64_t lanes_of(int64_t count) { return count > kLanes ? kBlock : kLanes; }
 
-// q, k, v: [L, K] with a row stride; out: [L, K] with a row stride; lse: [L]. scratch: kBlock · (K + L) floats.
-void forward_head(Sequence s, const float* q, const float* k, const float* v, int64_t stride, float* out, int64_t ldo, float* lse, float* scratch) {
-  float *Q = scratch, *S = scratch + kBlock * s.K, maxima[kBlock], sums[kBlock];
+struct Rows {  // [L, K] with K contiguous
+  const float* p;
+  int64_t stride;
+};
+
+// Rows that several blocks will read are brought together: far apart, each lies on a memory page of its own.
+Rows gathered(Rows x, const Sequence& s, float*& scratch) {
+  if (s.L <= kBlock) return x;
+  float* to = std::exchange(scratch, scratch + s.L * s.K);
+  for (int64_t t = 0; t < s.L; ++t) std::copy_n(x.p + t * x.stride, s.K, to + t * s.K);
+  return {to, s.K};
+}
+
+int64_t forward_scratch(int64_t L, int64_t K) { return kBlock * (K + L) + 2 * L * K; }
+
+// q, k, v: rows `stride` apart; out: rows `ldo` apart; lse: [L]; scratch: forward_scratch(L, K) floats.
+void forward_head(
+    const Sequence& s, const float* q, const float* k_, const float* v_, int64_t stride, float* out, int64_t ldo, float* lse,
+    float* scratch) {
+  float *Q = scratch, *S = Q + kBlock * s.K, maxima[kBlock], sums[kBlock];
+  scratch = S + kBlock * s.L;
+  const Rows k = gathered({k_, stride}, s, scratch), v = gathered({v_, stride}, s, scratch);
   for (int64_t first = 0; first < s.L; first += kBlock) {
     const int64_t count = std::min(kBlock, s.L - first), lanes = lanes_of(count), keys = s.causal ? first + count : s.L;
     transpose(q + first * stride, stride, count, s.K, lanes, s.scale, Q);
-    product({k, stride, 1}, Q, lanes, S, lanes, keys, lanes, s.K, false);
+    product({k.p, k.stride, 1}, Q, lanes, S, lanes, keys, lanes, s.K, false);
     softmax(S, keys, lanes, s.causal, first, maxima, sums);
-    product({S, 1, lanes}, v, stride, out + first * ldo, ldo, count, s.K, keys, false);
+    product({S, 1, lanes}, v.p, v.stride, out + first * ldo, ldo, count, s.K, keys, false);
     for (int64_t i = 0; i < count; ++i) lse[first + i] = maxima[i] + std::log(sums[i]);
   }
 }
 
-// d*: the gradients, dout with its own row stride, dq, dk, dv with ldd. scratch: kBlock · 2 (K + L) floats.
+int64_t backward_scratch(int64_t L, int64_t K) { return 2 * kBlock * (K + L) + 2 * L * K; }
+
+// dout: rows `ldo` apart; dq, dk, dv: rows `ldd` apart; scratch: backward_scratch(L, K) floats.
 void backward_head(
-    Sequence s, const float* q, const float* k, const float* v, int64_t stride, const float* dout, int64_t ldo, const float* lse,
-    float* dq, float* dk, float* dv, int64_t ldd, float* scratch) {
+    const Sequence& s, const float* q, const float* k_, const float* v_, int64_t stride, const float* dout, int64_t ldo,
+    const float* lse, float* dq, float* dk, float* dv, int64_t ldd, float* scratch) {
   float *Q = scratch, *dO = Q + kBlock * s.K, *S = dO + kBlock * s.K, *dP = S + kBlock * s.L, last[kBlock] = {};
+  scratch = dP + kBlock * s.L;
+  const Rows k = gathered({k_, stride}, s, scratch), v = gathered({v_, stride}, s, scratch);
   // From the last block on: it alone reaches every key when causal, so it writes dk and dv, and the others add.
-  const int64_t blocks = (s.L + kBlock - 1) / kBlock;
-  for (int64_t first = (blocks - 1) * kBlock; first >= 0; first -= kBlock) {
+  for (int64_t first = (s.L - 1) / kBlock * kBlock; first >= 0; first -= kBlock) {
     const int64_t count = std::min(kBlock, s.L - first), lanes = lanes_of(count), keys = s.causal ? first + count : s.L;
     const bool add = first + kBlock < s.L;
     transpose(q + first * stride, stride, count, s.K, lanes, s.scale, Q);
     transpose(dout + first * ldo, ldo, count, s.K, lanes, 1.0f, dO);
-    product({k, stride, 1}, Q, lanes, S, lanes, keys, lanes, s.K, false);
-    product({v, stride, 1}, dO, lanes, dP, lanes, keys, lanes, s.K, false);
-    std::copy(lse + first, lse + first + count, last);
+    product({k.p, k.stride, 1}, Q, lanes, S, lanes, keys, lanes, s.K, false);
+    product({v.p, v.stride, 1}, dO, lanes, dP, lanes, keys, lanes, s.K, false);
+    std::copy_n(lse + first, count, last);
     softmax_backward(S, dP, keys, lanes, s.causal, first, last, s.scale);
-    product({dP, 1, lanes}, k, stride, dq + first * ldd, ldd, count, s.K, keys, false);
+    product({dP, 1, lanes}, k.p, k.stride, dq + first * ldd, ldd, count, s.K, keys, false);
     product({dP, lanes, 1}, q + first * stride, stride, dk, ldd, keys, s.K, count, add);
     product({S, lanes, 1}, dout + first * ldo, ldo, dv, ldd, keys, s.K, count, add);
   }
@@ -191,7 +286,8 @@ struct Layout {
       kept = contiguous(*cu_seqlens);
       ends = static_cast<const int32_t*>(kept.data_ptr());
       B = kept.numel() - 1, T = qkv.size(0), L = 0;
-      STD_TORCH_CHECK(ends[0] == 0 && ends[B] == T, "attention: expected cu_seqlens to run from 0 to ", T, ", got ", ends[0], " to ", ends[B]);
+      STD_TORCH_CHECK(
+          ends[0] == 0 && ends[B] == T, "attention: expected cu_seqlens to run from 0 to ", T, ", got ", ends[0], " to ", ends[B]);
       for (int64_t b = 0; b < B; ++b) {
         STD_TORCH_CHECK(ends[b] <= ends[b + 1], "attention: expected rising cu_seqlens, got ", ends[b], " before ", ends[b + 1]);
         L = std::max<int64_t>(L, ends[b + 1] - ends[b]);
@@ -229,7 +325,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& qkv_, const std::optional<Tenso
   const int64_t C = layout.C, K = layout.K, T = layout.T, stride = qkv.stride(qkv.dim() - 2);
   Tensor out = cu_seqlens ? new_empty(qkv, {T, C}) : new_empty(qkv, {layout.B, layout.L, C}), lse = new_empty(qkv, {heads, T});
   auto *outp = static_cast<float*>(out.data_ptr()), *lsep = static_cast<float*>(lse.data_ptr());
-  each_head(layout, kBlock * (K + layout.L), [&](int64_t b, int64_t h, float* scratch) {
+  each_head(layout, forward_scratch(layout.L, K), [&](int64_t b, int64_t h, float* scratch) {
     const Sequence s{layout.length(b), K, causal, 1.0f / std::sqrt(static_cast<float>(K))};
     const float* q = layout.rows(qkv, b) + h * K;
     const int64_t t = layout.start(b);
@@ -247,7 +343,7 @@ Tensor backward(
   Tensor dqkv = new_empty(qkv, qkv.sizes());
   auto* dp = static_cast<float*>(dqkv.data_ptr());
   const auto* lsep = static_cast<const float*>(lse.data_ptr());
-  each_head(layout, kBlock * 2 * (K + layout.L), [&](int64_t b, int64_t h, float* scratch) {
+  each_head(layout, backward_scratch(layout.L, K), [&](int64_t b, int64_t h, float* scratch) {
     const Sequence s{layout.length(b), K, causal, 1.0f / std::sqrt(static_cast<float>(K))};
     const float* q = layout.rows(qkv, b) + h * K;
     const int64_t t = layout.start(b);

@@ -70,10 +70,8 @@ def inputs(
     return dict(qkv=qkv, heads=heads, causal=causal, cu_seqlens=ends, max_length=max_length)
 
 
-def floors(
-    itemsize: int, lengths: tuple[int, ...], heads=1, K=64, causal=False, **_: Any
-) -> dict[str, tuple[int, int]]:
-    """(FLOPs, bytes) that forward and backward cannot do without: 2 and 5 GEMMs; qkv in, out out; qkv, out, dout in, dqkv out."""
+def floors(itemsize: int, lengths: tuple[int, ...], heads=1, K=64, causal=False, **_: Any) -> dict[str, tuple[int, int]]:
+    """(FLOPs, bytes) that forward and backward cannot do without: 2 and 5 GEMMs; qkv, out; qkv, out, dout, dqkv."""
     gemm = 2 * K * heads * sum(L * (L + 1) // 2 if causal else L * L for L in lengths)
     row = sum(lengths) * heads * K * itemsize
     return {"forward": (2 * gemm, 4 * row), "backward": (5 * gemm, 8 * row)}
@@ -141,9 +139,7 @@ def _scores(q: Tensor, k: Tensor, keys: Tensor | None, causal: bool) -> Tensor:
     return scores.masked_fill(~_before(scores), -torch.inf) if causal else scores
 
 
-def forward(
-    qkv: Tensor, cu_seqlens: Tensor | None, heads: int, causal: bool, max_length: int
-) -> tuple[Tensor, Tensor]:
+def forward(qkv: Tensor, cu_seqlens: Tensor | None, heads: int, causal: bool, max_length: int) -> tuple[Tensor, Tensor]:
     T, C = qkv.shape[:-1].numel(), qkv.shape[-1] // 3
     wide = torch.promote_types(qkv.dtype, torch.float32)
     if T == 0:

@@ -18,7 +18,7 @@ _BACKWARD = (
 )
 
 
-def contrastive(image_features: Tensor, text_features: Tensor, scale: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
+def contrastive(image_features: Tensor, text_features: Tensor, scale: Tensor | float, offset: int = 0) -> tuple[Tensor, Tensor]:
     """Negative log-likelihoods of the pairs, image to text and text to image, in O((n + N)·D) memory.
 
     With s_ij = scale·⟨image_i, text_j⟩ in fp32 (fp64 for fp64), whatever the dtype of the features:
@@ -26,7 +26,7 @@ def contrastive(image_features: Tensor, text_features: Tensor, scale: Tensor, of
     Args:
         image_features: [n, D] fp32, bf16, fp16 or fp64, any strides; the rows offset .. offset + n of a batch of N.
         text_features: [N, D], the same dtype.
-        scale: [] of any floating dtype: the factor itself, not its logarithm.
+        scale: [] of any floating dtype, or a number: the factor itself, not its logarithm.
         offset: the column that is the pair of row 0.
 
     Returns:
@@ -36,6 +36,8 @@ def contrastive(image_features: Tensor, text_features: Tensor, scale: Tensor, of
     Raises:
         TypeError, ValueError: a dtype, a shape or a device does not fit.
     """
+    if isinstance(scale, (int, float)):
+        scale = torch.full((), scale, dtype=_wide(image_features), device=image_features.device)
     _check(image_features, text_features, scale, offset)
     return _Contrastive.apply(image_features, text_features, scale, offset)
 
@@ -56,12 +58,13 @@ def _check(image: Tensor, text: Tensor, scale: Tensor, offset: int) -> None:
     if image.dtype != text.dtype:
         raise TypeError(f"contrastive: expected one dtype, got {image.dtype} and {text.dtype}; convert one with .to(dtype)")
     if not isinstance(scale, Tensor) or not scale.is_floating_point():
-        raise TypeError(f"contrastive: expected a floating tensor as scale, got {getattr(scale, 'dtype', type(scale).__name__)}")
+        got = getattr(scale, "dtype", type(scale).__name__)
+        raise TypeError(f"contrastive: expected a number or a floating tensor as scale, got {got}; pass scale.float()")
     if scale.ndim != 0:
         raise ValueError(f"contrastive: expected a scalar scale of shape (), got {tuple(scale.shape)}; pass one factor")
     if not image.device == text.device == scale.device:
         raise ValueError(
-            f"contrastive: expected one device, got {image.device}, {text.device} and a scale on {scale.device}; move them with .to"
+            f"contrastive: expected one device, got {image.device}, {text.device} and scale on {scale.device}; use .to(device)"
         )
 
 
@@ -107,9 +110,7 @@ def _fake(image, text, scale, offset):
     return rows, torch.empty_like(rows), columns, torch.empty_like(columns), torch.empty_like(rows)
 
 
-def _fake_backward(
-    image, text, scale, offset, row_lse, col_lse, row_nll, col_nll, row_grad, col_grad, want_image, want_text
-):
+def _fake_backward(image, text, scale, offset, row_lse, col_lse, row_nll, col_nll, row_grad, col_grad, want_image, want_text):
     D = image.shape[1]
     return (
         image.new_empty((image.shape[0] if want_image else 0, D), dtype=_wide(image)),

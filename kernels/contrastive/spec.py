@@ -23,13 +23,15 @@ CASES: dict[str, dict[str, Any]] = {
     "norm 1000": dict(N=35, D=64, norm=1e3, scale=2e-5),
 }
 BENCH: dict[str, dict[str, Any]] = {"1k": dict(N=1024, D=512), "4k": dict(N=4096, D=512)}
-BLOCK = 512  # rows: 256 cost the first GEMM 15 %, 1,024 gain less than 1 % and double the block (2 cores, N = 8,192)
+BLOCK = 1024  # rows: 512 cost the four GEMMs 1.5 %, 256 cost 8 % (2 cores, N = 8,192)
+STRIP = 1 << 18  # elements that pass through a core's cache together, 1 MB: 25 % off every pass over the block
 
 
 def inputs(
     generator: torch.Generator, N: int, D: int, n=None, offset=0, kind="random", norm=1.0, scale=14.3, transposed=False
 ) -> dict[str, Any]:
-    """Arguments of ``contrastive`` in fp64: rows of length ``norm``."""
+    """Arguments of ``contrastive`` in fp64: rows of length ``norm``. The scale's gradient, one number in which everything may
+    cancel, has its own test against the size of its terms (tests/test_loss.py)."""
 
     def rows(count: int) -> Tensor:
         shape = (D, count) if transposed else (count, D)
@@ -47,9 +49,7 @@ def inputs(
         text = image.clone()
     else:
         image = -text
-    return dict(
-        image_features=image, text_features=text, scale=torch.tensor(scale, dtype=torch.float64, device=generator.device), offset=offset
-    )
+    return dict(image_features=image, text_features=text, scale=scale, offset=offset)
 
 
 def floors(itemsize: int, N: int, D: int, n=None, **_: Any) -> dict[str, tuple[int, int]]:
@@ -59,7 +59,7 @@ def floors(itemsize: int, N: int, D: int, n=None, **_: Any) -> dict[str, tuple[i
     return {"forward": (gemm, features * itemsize), "backward": (3 * gemm, 2 * features * itemsize)}
 
 
-def reference(image_features: Tensor, text_features: Tensor, scale: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
+def reference(image_features: Tensor, text_features: Tensor, scale: Tensor | float, offset: int = 0) -> tuple[Tensor, Tensor]:
     """What ``contrastive`` means: differentiable, with the whole matrix, in the dtype of its input."""
     n, N = len(image_features), len(text_features)
     s = scale * image_features @ text_features.T
@@ -83,38 +83,43 @@ def _blocks(image: Tensor, text: Tensor, scale: Tensor) -> Iterator[tuple[slice,
         yield rows, block, torch.mm(block * factor, columns, out=memory[: len(block)])
 
 
+def _strips(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Groups of rows of all ``tensors``, such that those of the first, [b, N], stay in cache; on a GPU all rows at once."""
+    b, N = tensors[0].shape
+    step = max(1, STRIP // N) if tensors[0].device.type == "cpu" else b
+    return zip(*(x.split(step) for x in tensors), strict=True)
+
+
 def forward(image: Tensor, text: Tensor, scale: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(image.dtype, torch.float32)
     row_max, row_sum, diagonal = (image.new_empty(len(image), dtype=wide) for _ in range(3))
     col_max, col_sum = text.new_full((len(text),), -torch.inf, dtype=wide), text.new_zeros(len(text), dtype=wide)
     for rows, block, s in _blocks(image, text, scale):
         diagonal[rows] = s.diagonal(offset + rows.start)
-        row_max[rows] = s.amax(1)
-        block_max, block_sum = _columns(s, row_max[rows], row_sum[rows], block, text, scale)
+        for strip, largest, total in _strips(s, row_max[rows], row_sum[rows]):
+            torch.amax(strip, 1, out=largest)
+            torch.sum(strip.sub_(largest[:, None]).exp_(), 1, out=total)
+        block_max, block_sum = _columns(s, row_max[rows], block, text, scale)
         top = torch.maximum(col_max, block_max)
         col_sum.mul_((col_max - top).exp_()).add_(block_sum.mul_((block_max - top).exp_()))
         col_max = top
     return row_max, row_sum, col_max, col_sum, diagonal
 
 
-def _columns(
-    s: Tensor, row_max: Tensor, row_sum: Tensor, block: Tensor, text: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sums of exp(s - row_max) into ``row_sum`` [b]; (maximum, sum) [N] of the columns. ``s`` [b, N] is used up.
+def _columns(e: Tensor, row_max: Tensor, block: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(maximum, sum) [N] of the columns from e_ij = exp(s_ij - row_max_i) [b, N].
 
-    One exponential serves both: Σ_i exp(s_ij - t) = Σ_i exp(row_max_i - t)·exp(s_ij - row_max_i) with t the largest of all.
+    One exponential serves rows and columns: Σ_i exp(s_ij - t) = Σ_i exp(row_max_i - t)·e_ij with t the largest of all.
     A column whose entries all lie far below t would underflow: where a sum comes out so small, its column is done again by
     its own maximum.
     """
-    e = s.sub_(row_max[:, None]).exp_()
-    torch.sum(e, 1, out=row_sum)
     top = row_max.amax()
     col_sum = (row_max - top).exp_() @ e
     col_max = top.expand(len(col_sum))
-    # Fp32: 1e-25. The largest term is at least 1/512 of it, and what matters beside that, 1e-8 of it, is still a normal number.
-    low = (col_sum < torch.finfo(s.dtype).tiny ** (2 / 3)).nonzero()[:, 0]
+    # Fp32: 5e-26. The largest term is at least 1/1,024 of it, and what matters beside that, 1e-8 of it, is still normal.
+    low = (col_sum < torch.finfo(e.dtype).tiny ** (2 / 3)).nonzero()[:, 0]
     if len(low):
-        again = block * scale.to(s.dtype) @ text[low].to(s.dtype).T
+        again = block * scale.to(e.dtype) @ text[low].to(e.dtype).T
         col_max = col_max.index_copy(0, low, again.amax(0))
         col_sum[low] = again.sub_(col_max[low]).exp_().sum(0)
     return col_max, col_sum
@@ -129,27 +134,29 @@ def backward(
     text_grad = columns.new_zeros(len(text) if want_text else 0, D)
     own = col_nll[offset : offset + len(image)], col_grad[offset : offset + len(image)]
     on_diagonal = row_grad * torch.expm1(-row_nll) + own[1] * torch.expm1(-own[0])  # p - 1 would cancel where p is near 1
-    other = columns.new_empty(min(BLOCK, len(image)), len(text))
     for rows, block, s in _blocks(image, text, scale):
-        g = _gradient(s, other[: len(block)], row_lse[rows], col_lse, row_grad[rows], col_grad)
-        g.diagonal(offset + rows.start).copy_(on_diagonal[rows])
+        _to_gradient(s, row_lse[rows], col_lse, row_grad[rows], col_grad)
+        s.diagonal(offset + rows.start).copy_(on_diagonal[rows])
         if want_image:
-            torch.mm(g, columns, out=image_grad[rows])
+            torch.mm(s, columns, out=image_grad[rows])
         if want_text:
-            text_grad.addmm_(g.T, block)
+            text_grad.addmm_(s.T, block)
     return image_grad, text_grad
 
 
-def _gradient(s: Tensor, other: Tensor, row_lse: Tensor, col_lse: Tensor, row_grad: Tensor, col_grad: Tensor) -> Tensor:
-    """row_grad_i·exp(s_ij - row_lse_i) + col_grad_j·exp(s_ij - col_lse_j) [b, N], in the memory of ``s``.
+def _to_gradient(s: Tensor, row_lse: Tensor, col_lse: Tensor, row_grad: Tensor, col_grad: Tensor) -> None:
+    """Turn s [b, N] into row_grad_i·exp(s_ij - row_lse_i) + col_grad_j·exp(s_ij - col_lse_j).
 
     One exponential serves both where row_lse_i - col_lse_j stays below 60: what exp(s_ij - row_lse_i) loses below 1e-38 is
     then less than 1e-12 of a column. exp(row_lse_i - col_lse_j) is a product of two vectors, so the factor has rank two.
     """
     top = row_lse.amax()
     if not bool(top - col_lse.amin() < 60):  # as well where one is NaN
-        torch.sub(s, col_lse, out=other).exp_().mul_(col_grad)
-        return s.sub_(row_lse[:, None]).exp_().mul_(row_grad[:, None]).add_(other)
+        for strip, lse, grad in _strips(s, row_lse[:, None], row_grad[:, None]):
+            of_columns = (strip - col_lse).exp_().mul_(col_grad)
+            strip.sub_(lse).exp_().mul_(grad).add_(of_columns)
+        return
     by_row = torch.stack([row_grad, (row_lse - top).exp_()], 1)
     by_column = torch.stack([torch.ones_like(col_grad), col_grad * (top - col_lse).exp_()])
-    return s.sub_(row_lse[:, None]).exp_().mul_(torch.mm(by_row, by_column, out=other))
+    for strip, lse, factors in _strips(s, row_lse[:, None], by_row):
+        strip.sub_(lse).exp_().mul_(factors @ by_column)

@@ -3,7 +3,7 @@
 import sys
 
 from clipfast import tokenizer as simple_tokenizer
-from clipfast.image import Preprocess, _transform
+from clipfast.image import Preprocess, _transform  # noqa: F401 - reached as clip.clip._transform
 from clipfast.info import info
 from clipfast.loss import ClipLoss, clip_loss
 from clipfast.model import CLIP, MODELS

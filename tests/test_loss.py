@@ -260,7 +260,7 @@ def _bad() -> dict[str, tuple[type[Exception], str, dict]]:
         "no rows": (ValueError, "at least one", dict(image_features=image[:0], text_features=text[:0])),
         "widths": (ValueError, r"one width D, got \(4, 64\) and \(4, 60\)", dict(text_features=text[:, :60])),
         "3-D": (ValueError, r"expected features \[n, D\]", dict(image_features=image[None], text_features=text[None])),
-        "integers": (TypeError, "floating features, got torch.int32", dict(image_features=image.int(), text_features=text.int())),
+        "integers": (TypeError, "floating features, got torch.int32", dict(image_features=image.int(), text_features=text.int())),  # noqa: E501
         "mixed": (TypeError, "one dtype, got torch.float32 and torch.float64.*to", dict(text_features=text.double())),
         "scale vector": (ValueError, r"scalar scale of shape \(\), got \(4,\)", dict(logit_scale=torch.ones(4))),
         "scale integer": (TypeError, "floating tensor as scale, got torch.int64", dict(logit_scale=torch.tensor(3))),

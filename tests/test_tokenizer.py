@@ -1,3 +1,4 @@
+# ruff: noqa: E501, SIM905
 """Text to tokens: OpenAI's own on every string, whatever way they are found."""
 
 import html

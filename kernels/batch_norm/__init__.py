@@ -94,9 +94,7 @@ def _backward(ctx, dy, *_):
     x, y, weight, mean, rstd = ctx.saved_tensors
     if x.is_contiguous(memory_format=torch.channels_last):
         dy = dy.contiguous(memory_format=torch.channels_last)
-    dx, dresidual, dweight, dbias = torch.ops.clipfast.batch_norm_backward(
-        dy, x, y, weight, mean, rstd, ctx.eps, ctx.residual
-    )
+    dx, dresidual, dweight, dbias = torch.ops.clipfast.batch_norm_backward(dy, x, y, weight, mean, rstd, ctx.eps, ctx.residual)
     return dx, dresidual if ctx.residual else None, dweight, dbias.to(ctx.bias_dtype), None, None
 
 

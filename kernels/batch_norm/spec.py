@@ -70,9 +70,7 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, ep
     return torch.empty_like(x).copy_(y.relu_() if relu else y), mean, rstd
 
 
-def backward(
-    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor, eps: float, residual: bool
-):
+def backward(dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor, eps: float, residual: bool):
     dy = dy if y is None else torch.where(y > 0, dy, 0)
     dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
         dy, x, weight.to(mean.dtype), None, None, mean, rstd, True, eps, [True, True, True]

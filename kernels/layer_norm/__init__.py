@@ -36,10 +36,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None 
             f"layer_norm: expected weight and bias of shape ({C},) for x {tuple(x.shape)}, got {tuple(weight.shape)} and "
             f"{tuple(bias.shape)}"
         )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+    if residual is not None and (residual.shape != x.shape or not residual.is_floating_point()):
         raise ValueError(
-            f"layer_norm: expected a residual like x, {tuple(x.shape)} {x.dtype}, got {tuple(residual.shape)} {residual.dtype}"
+            f"layer_norm: expected a floating residual of shape {tuple(x.shape)}, got {tuple(residual.shape)} {residual.dtype}"
         )
+    if residual is not None:
+        residual = residual.to(x.dtype)  # under autocast the stream is fp32 and what is added to it 16 bit
     y, s, _, _ = torch.ops.clipfast.layer_norm(x, residual, weight, bias, eps)
     return y if residual is None else (y, s)
 

@@ -343,8 +343,8 @@ def _check_preprocess(where: str, config: Mapping[str, Any]) -> None:
     for field, ours in (("mean", MEAN), ("std", STD), ("image_mean", MEAN), ("image_std", STD)):
         got = config.get(field) or ours
         _require(where, field, [round(float(x), 4) for x in got], [round(float(x), 4) for x in ours])
-    for field, ours in (("interpolation", "bicubic"), ("resize_mode", "shortest"), ("resample", 3)):  # 3: bicubic
-        _require(where, field, config.get(field, ours), ours)
+    for field, only in (("interpolation", "bicubic"), ("resize_mode", "shortest"), ("resample", 3)):  # 3: bicubic
+        _require(where, field, config.get(field, only), only)
 
 
 def _require(where: str, field: str, got: Any, *supported: Any) -> None:

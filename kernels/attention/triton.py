@@ -172,7 +172,8 @@ def _tiles(dtype: torch.dtype, K: int, length: int) -> tuple[dict[str, Any], dic
     of 128 would waste a third). 16 bit, 64 × 64, 128 threads: scores and sums take 32 registers a thread each at K = 64, and
     backward holds two of scores and two (three in one block) of sums: 253 registers, two programs to an SM, no spill on sm_90
     and sm_100 (136 bytes on sm_80). Wider heads have wider sums: backward then takes blocks of 32 and 256 threads, else it
-    spills 1.5 KB. Fp32 multiplies outside the tensor cores, from registers: blocks of at most 32, backward of wide heads 16.  # noqa: E501
+    spills 1.5 KB. Fp32 multiplies outside the tensor cores, from registers: blocks of at most 32, backward of wide
+    heads 16.
     """
     narrow, wide = dtype != torch.float32, K > 64
     most = 64 if narrow else 32

@@ -209,7 +209,7 @@ def confusion(shown: Shown, chosen: Tensor) -> Figure:
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --soft: #5d6470; --line: #d8dbe0; --paper: #fff; --best: #1d7f49 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e3e5e8; --soft: #a0a6b0; --line: #3b4048; --paper: #17191d; --best: #5cc58c } }
+@media (prefers-color-scheme: dark) { :root { --ink: #e3e5e8; --soft: #a0a6b0; --line: #3b4048; --paper: #17191d; --best: #5cc58c } }  # noqa: E501
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 68rem;
   margin: 2rem auto; padding: 0 1.2rem }
 h1 { font-size: 1.7rem; line-height: 1.2; margin-bottom: .3rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .3rem }

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """The demo's report: a table for the terminal, figures, and one HTML page that shows them."""
 
 from __future__ import annotations

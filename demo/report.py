@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """The demo's report: a table for the terminal, figures, and one HTML page that shows them."""
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 from clipfast.data import replacing
 from demo.emoji import Drawings
 
-RIGHT, OTHER, GREY = "#2a9d5c", "#f0a35e", "#8a8f98"
+RIGHT, OTHER, DARK, GREY = "#7fd1a0", "#f6c69a", "#1d7f49", "#6b7280"
 LINES = ("#2563a8", "#c2571a")
 
 
@@ -117,7 +116,7 @@ def learning_curve(
         right.plot(seconds, 100 * share, color=color, marker=".", linewidth=2, label=f"clipfast, top-{k}")
         right.axhline(100 * row[f"pixels_top{k}"], color=color, linestyle=":", label=f"nearest pixels, top-{k}")
     right.set(title="Unseen style, seen concepts: named right (%)", xlabel="seconds of training", ylim=(0, None))
-    right.legend(frameon=False, fontsize=8.5, loc="upper left")
+    figure.legend(frameon=False, fontsize=9, loc="outside lower right", ncols=4)
     for axes in (left, right):
         axes.grid(color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
@@ -134,8 +133,9 @@ def sheet(shown: Shown, chosen: Tensor, names: Tensor, count: int, columns: int 
     pool = chosen.nonzero().flatten()
     rows = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:count]].tolist()
     lines = -(-len(rows) // columns)
-    figure = Figure((4.1 * columns, 1.75 * lines), layout="constrained")
-    grid = figure.subplots(lines, 2 * columns, squeeze=False, width_ratios=[1, 1.7] * columns).reshape(-1, 2)
+    figure = Figure((4.3 * columns, 1.65 * lines), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06)  # type: ignore[call-arg, union-attr]
+    grid = figure.subplots(lines, 2 * columns, squeeze=False, width_ratios=[1, 2.1] * columns).reshape(-1, 2)
     for axes in grid.flat:
         axes.set_axis_off()
     for (picture, bars), row in zip(grid, rows, strict=False):
@@ -153,16 +153,14 @@ def _bars(axes: Axes, shown: Shown, probabilities: Tensor, names: Tensor, target
     rank = int((probabilities > probabilities[at]).sum()) + 1
     best, places = probabilities.topk(min(5, len(names)))
     classes = names[places].tolist()
-    widest = float(best[0])
     axes.barh(range(len(classes)), best, color=[RIGHT if index == target else OTHER for index in classes], height=0.86)
     for line, (index, probability) in enumerate(zip(classes, best.tolist(), strict=True)):
         weight = "bold" if index == target else "normal"
-        text = f"{_short(shown.drawings.concepts[index].label, 25)}  {probability:.0%}"
-        axes.text(widest * 0.02, line, text, va="center", fontsize=8.5, weight=weight)
-    _bare(axes).invert_yaxis()
-    axes.set_xlim(0, widest)
-    title = f"{_short(shown.drawings.concepts[target].label, 26)}  (rank {rank:,})"
-    axes.set_title(title, loc="left", fontsize=9.5, weight="bold", color=RIGHT if rank == 1 else "#333333")
+        axes.text(0.02, line, _short(shown.drawings.concepts[index].label, 27), va="center", fontsize=8.5, weight=weight)
+        axes.text(1, line, f"{probability:.0%}", va="center", ha="right", fontsize=8.5, weight=weight)
+    _bare(axes).set(xlim=(0, 1), ylim=(4.5, -0.5))
+    axes.set_title(_short(shown.drawings.concepts[target].label, 24), loc="left", fontsize=9.5, weight="bold")
+    axes.set_title(f"rank {rank:,}", loc="right", fontsize=9, color=DARK if rank == 1 else GREY)
 
 
 def _short(text: str, most: int) -> str:
@@ -197,7 +195,7 @@ def confusion(shown: Shown, chosen: Tensor) -> Figure:
     for line, column in np.ndindex(shares.shape):
         share = shares[line, column]
         if share >= 0.005:
-            axes.text(column, line, f"{share:.0%}", ha="center", va="center", color="white" if share > 0.5 else "black")
+            axes.text(column, line, f"{share:.0%}", ha="center", va="center", color="white" if share > 0.6 else "black")
     axes.set_xticks(range(len(labels)), labels, rotation=35, ha="right")
     axes.set_yticks(range(len(labels)), [f"{name} ({int(n)})" for name, n in zip(labels, totals, strict=True)])
     axes.set(xlabel="group of the likeliest name", ylabel="group of the drawing")
@@ -210,7 +208,8 @@ def confusion(shown: Shown, chosen: Tensor) -> Figure:
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --soft: #5d6470; --line: #d8dbe0; --paper: #fff; --best: #1d7f49 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e3e5e8; --soft: #a0a6b0; --line: #3b4048; --paper: #17191d; --best: #5cc58c } }  # noqa: E501
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e3e5e8; --soft: #a0a6b0; --line: #3b4048; --paper: #17191d; --best: #5cc58c } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 68rem;
   margin: 2rem auto; padding: 0 1.2rem }
 h1 { font-size: 1.7rem; line-height: 1.2; margin-bottom: .3rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .3rem }

@@ -1,1 +1,8 @@
-import bench.rivals  # noqa: F401 - makes open_clip and transformers importable beside a CPU torch, from this folder
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are defined: their rows run on CPU tensors
+
+import bench.rivals  # noqa: E402, F401 - makes open_clip and transformers importable beside a CPU torch, from this folder

@@ -14,14 +14,9 @@ import pytest
 from bench.compiled import CAPABILITIES, SHARED
 
 ROOT = Path(__file__).parents[1]
-# Bytes a thread may spill, the first that fits (op, kernel, capabilities); all others none. Heads of 80 and 128
-# are rare, and fp32 on a GPU is for checking.
-SPILLS = [
-    ("attention", r"_backward fp32", CAPABILITIES, 2048),
-    ("attention", r"_backward bf16 K(80|128) ", (80,), 2048),
-    ("attention", r"_backward bf16 K(80|128) ", (90,), 128),
-    ("attention", r"_(forward|backward) bf16", (80,), 160),
-]
+# Bytes a thread may spill (op, kernel, capabilities), all others none. On 8.0 mma.sync keeps its operands in registers, which
+# wgmma reads from shared memory.
+SPILLS = [("attention", r"_(forward|backward) bf16", (80,), 160)]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +56,8 @@ def test_nothing_spills_and_shared_memory_fits(rows: list[dict]) -> None:
 @pytest.mark.parametrize("op", ["contrastive", "attention"])
 def test_hopper_multiplies_bf16_by_wgmma(rows: list[dict], op: str) -> None:
     found = [row for row in rows if row["op"] == op and row["capability"] == 90 and "bf16" in row["kernel"]]
-    found = [row for row in found if "L12" not in row["kernel"]]  # wgmma takes 64 rows; 12 tokens take a tile of 16
+    # Tiles of fewer rows than wgmma's 64: 12 tokens, and the gradients of wide heads.
+    found = [row for row in found if not re.search(" L12 |_backward.* K(80|128) ", row["kernel"])]
     if not found and op not in {row["op"] for row in rows}:
         pytest.skip(f"{op} has no Triton backend here")
     assert found and all(row["matmul"] == "wgmma" for row in found), found

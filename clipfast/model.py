@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipfast.kernels import attention, layer_norm, mlp, pooling
+from clipfast.kernels import attention, batch_norm, layer_norm, mlp, pooling
 
 _SIZES = ("embed_dim", "image_resolution", "vision_layers", "vision_width", "vision_patch_size",
           "context_length", "vocab_size", "transformer_width", "transformer_heads", "transformer_layers")  # fmt: skip
@@ -177,6 +177,15 @@ class VisionTransformer(nn.Module):
         return self.project(self.transformer(self.embed(x), self.layout))
 
 
+def _batch_norm(bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """relu(bn(x) + residual), in one pass where the module is plain batch norm in training."""
+    if not bn.training or type(bn) is not nn.BatchNorm2d or bn.momentum is None or bn.num_batches_tracked is None:
+        y = bn(x)
+        return F.relu(y if residual is None else y + residual)
+    bn.num_batches_tracked.add_(1)
+    return batch_norm(x, bn.weight, bn.bias, residual, True, bn.eps, bn.running_mean, bn.running_var, bn.momentum)
+
+
 class Bottleneck(nn.Module):
     """A ResNet-D bottleneck with average pooling before what would be a strided convolution (paper, section 2.4)."""
 
@@ -196,10 +205,9 @@ class Bottleneck(nn.Module):
             )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        y = self.bn3(self.conv3(self.avgpool(y)))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
+        y = _batch_norm(self.bn1, self.conv1(x))
+        y = _batch_norm(self.bn2, self.conv2(y))
+        return _batch_norm(self.bn3, self.conv3(self.avgpool(y)), x if self.downsample is None else self.downsample(x))
 
 
 class AttentionPool(nn.Module):
@@ -249,7 +257,7 @@ class ModifiedResNet(nn.Module):
         """x [B, 3, R, R] -> the feature map [B, C, h, w] after each of the four stages."""
         x = x.contiguous(memory_format=torch.channels_last)  # 1.5 × faster on a CPU, and what tensor cores want
         for i in (1, 2, 3):
-            x = F.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)), inplace=True)
+            x = _batch_norm(getattr(self, f"bn{i}"), getattr(self, f"conv{i}")(x))
         x = F.avg_pool2d(x, 2)
         states = []
         for i in (1, 2, 3, 4):

@@ -163,6 +163,18 @@ def test_initial_weights_follow_the_paper_code(family: str) -> None:
         assert all(not m.bn3.weight.any() for m in ours.visual.modules() if hasattr(m, "bn3") and hasattr(m, "avgpool"))
 
 
+def test_batch_statistics_equal_open_clip() -> None:
+    """A training pass in fp32 moves the same running averages, and the mode for inference uses them."""
+    ours, theirs = small_pair("resnet")
+    image, _ = small_batch("resnet")
+    with torch.no_grad():
+        assert relative(ours.train().encode_image(image), theirs.train().encode_image(image)) < 1e-5
+        expected = dict(theirs.named_buffers())
+        for name, buffer in ours.named_buffers():
+            assert relative(buffer, expected[name]) < 1e-5, name
+        assert relative(ours.eval().encode_image(image), theirs.eval().encode_image(image)) < 1e-5
+
+
 def test_low_precision_copy_and_state_round_trip() -> None:
     ours, _ = small_pair("vit")
     image, text = small_batch("vit")

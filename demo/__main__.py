@@ -9,9 +9,8 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -52,7 +51,9 @@ def recipe(out: str, seconds: float) -> TrainConfig:
 
 def batches(drawings: Drawings, config: TrainConfig) -> Batches:
     """Batches of distinct concepts, so that no other caption fits a drawing: the concepts of `drawings` are dealt out anew in
-    each epoch, each with one of its drawings, varied, and its label in a random template. A batch depends on its step alone."""
+    each epoch, each with one of its drawings, varied, and its label in a random template. A batch depends on its step alone.
+
+    Made when asked for: 6 ms beside a step's 90, and on two cores a thread that works ahead slows the step by as much."""
     of_concept: dict[int, list[int]] = {}
     for row, concept in enumerate(drawings.concept.tolist()):
         of_concept.setdefault(concept, []).append(row)
@@ -73,16 +74,7 @@ def batches(drawings: Drawings, config: TrainConfig) -> Batches:
         tokens, lengths = clipfast.tokenize(texts, sizes["context_length"], truncate=True, return_lengths=True)
         return Batch(pixels, tokens, lengths)
 
-    def ahead(step: int) -> Iterator[Batch]:
-        """The next batch is made in a thread while the model learns from this one."""
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(batch, step)
-            while True:
-                ready, step = coming.result(), step + 1
-                coming = pool.submit(batch, step)
-                yield ready
-
-    return ahead
+    return lambda step: map(batch, count(step))
 
 
 @torch.no_grad()
@@ -208,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not given.seconds > 0:
             raise ValueError(f"expected --seconds above 0, got {given.seconds}")
         with output_folder(given.out) as out, TemporaryDirectory(dir=out, prefix="training-") as aside:
-            emoji.prepare()
+            emoji.prepare(emoji.DATA)
             results = run(recipe(aside, given.seconds), emoji.DATA, out)
     except USER_ERRORS as error:
         if given.debug:

@@ -151,10 +151,10 @@ def _bars(axes: Axes, shown: Shown, probabilities: Tensor, names: Tensor, target
     """The top five names; the title is the right one, with its rank."""
     at = int((names == target).nonzero())
     rank = int((probabilities > probabilities[at]).sum()) + 1
-    best, places = probabilities.topk(min(5, len(names)))
-    classes = names[places].tolist()
+    top, places = probabilities.topk(min(5, len(names)))
+    best, classes = top.tolist(), names[places].tolist()
     axes.barh(range(len(classes)), best, color=[RIGHT if index == target else OTHER for index in classes], height=0.86)
-    for line, (index, probability) in enumerate(zip(classes, best.tolist(), strict=True)):
+    for line, (index, probability) in enumerate(zip(classes, best, strict=True)):
         weight = "bold" if index == target else "normal"
         axes.text(0.02, line, _short(shown.drawings.concepts[index].label, 27), va="center", fontsize=8.5, weight=weight)
         axes.text(1, line, f"{probability:.0%}", va="center", ha="right", fontsize=8.5, weight=weight)

@@ -53,6 +53,22 @@ def library(kind: str) -> str | None:
     return None
 
 
+def triton_lacks(x: torch.Tensor, products: bool = False) -> str | None:
+    """Why no Triton kernel of ours runs on this tensor, or None; ``products``: whether the kernel multiplies matrices."""
+    import triton
+
+    interpreting = triton.knobs.runtime.interpret
+    if x.device.type != "cuda" and not interpreting:
+        return f"expected CUDA tensors, got {x.device}; on a CPU it runs only under TRITON_INTERPRET=1"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"expected float32, bfloat16 or float16, got {x.dtype}"
+    if interpreting and products and x.dtype == torch.bfloat16:
+        return "Triton's interpreter cannot multiply bfloat16"
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "expected compute capability 8.0 or later"
+    return None
+
+
 class Op:
     """One op: its schemas ``clipfast::<name>`` and ``clipfast::<name>_backward``, and its backends.
 

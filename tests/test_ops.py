@@ -87,7 +87,7 @@ def test_every_op_has_its_backends() -> None:
     """Rows of test_kernels skip a backend that is absent; here it shows when one is."""
     assert set(kernels.OPS) == {"attention", "batch_norm", "contrastive", "layer_norm", "mlp", "pooling"}
     for name, op in kernels.OPS.items():
-        triton = ["triton"] if name in ("attention", "contrastive") else []
+        triton = ["triton"] if name != "batch_norm" else []  # on a GPU the vendor's batch norm runs
         for backend in ("torch", *triton, *(["cpu"] if "cpu" in op.compiled else [])):
             assert not isinstance(op.backend(backend), str), f"{name}: {backend}: {op.backend(backend)}"
     assert {name for name, op in kernels.OPS.items() if "cpu" in op.compiled} >= {"attention", "batch_norm", "mlp", "pooling"}

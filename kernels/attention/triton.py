@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clipfast.kernels import dispatch
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -212,15 +214,8 @@ def compiled() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]
 
 def supports(*args: Any) -> str | None:
     qkv, _, heads, _, _ = args[-5:]
-    interpreting = triton.knobs.runtime.interpret
-    if qkv.device.type != "cuda" and not interpreting:
-        return f"expected CUDA tensors, got {qkv.device}; on a CPU it runs only under TRITON_INTERPRET=1"
-    if qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"expected float32, bfloat16 or float16, got {qkv.dtype}"
-    if interpreting and qkv.dtype == torch.bfloat16:
-        return "Triton's interpreter cannot multiply bfloat16"
-    if qkv.device.type == "cuda" and torch.cuda.get_device_capability(qkv.device) < (8, 0):
-        return "expected compute capability 8.0 or later"
+    if reason := dispatch.triton_lacks(qkv, products=True):
+        return reason
     K = qkv.shape[-1] // (3 * heads)
     return f"expected heads of 16 to 128 columns, got {K}" if not 16 <= K <= 128 else None
 

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clipfast.kernels import dispatch
+
 
 @triton.jit
 def _similarity(
@@ -168,15 +170,8 @@ def compiled() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]
 
 
 def supports(image: Tensor, text: Tensor, *rest: Any) -> str | None:
-    interpreting = triton.knobs.runtime.interpret
-    if image.device.type != "cuda" and not interpreting:
-        return f"expected CUDA tensors, got {image.device}; on a CPU it runs only under TRITON_INTERPRET=1"
-    if image.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"expected float32, bfloat16 or float16, got {image.dtype}"
-    if interpreting and image.dtype == torch.bfloat16:
-        return "Triton's interpreter cannot multiply bfloat16"
-    if image.device.type == "cuda" and torch.cuda.get_device_capability(image.device) < (8, 0):
-        return "expected compute capability 8.0 or later"
+    if reason := dispatch.triton_lacks(image, products=True):
+        return reason
     return None if image.numel() and text.numel() else "expected at least one row and one column"
 
 

@@ -1,4 +1,3 @@
-# ruff: noqa: E501, SIM905
 """Text to tokens: OpenAI's own on every string, whatever way they are found."""
 
 import html
@@ -14,31 +13,17 @@ from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TE
 from clipfast import tokenizer as module
 from clipfast.tokenizer import END, START, SimpleTokenizer, clean, default_tokenizer, tokenize
 
-WORDS = """a the photo of dog dogs dog's don't we're they've I'm he'll she'd rock'n'roll naïve café ÉCOLE straße İstanbul ΣΊΣΥΦΟΣ
-    e.g. 3.14 1,000 42nd £5 50% C++ black-and-white http://example.org/a?b=1&c=2 foo_bar @user #tag AT&T r&b && & &c ;) :-D ...
-    !!! ??? -- — “quoted” ‘single’ ﬁne ﬂow ＷＩＤＥ ｶﾀｶﾅ 日本語 中文字 한국어 العربية हिन्दी ไทย עברית e\u0301 a\u0308\u0301 q\u0323\u0307 'ſ \u212a
-    Ã©tÃ© â€œmojibakeâ€\x9d schÃ¶n L&amp;M &lt;b&gt; &amp;amp; &amp;lt; &eacute; &NTILDE; &#39; &#x27; &#0; &#xD800; &nbsp; &notit; &copy
-    <b>bold</b> <start_of_text> <|startoftext|> <|endoftext|> <|ENDOFTEXT|> x<|startoftext|>y <|ſtartoftext|> </w> dog</w> aaaaaaa
-    👍 👩🏽‍🚀 🏳️‍🌈 🇩🇪 1️⃣ ❤️ \ufffd \ufeff \u200b \u200d \u2060 \xad \ud800 \udc00 \x1b[31m \x1b[0m \x00 \x07 \x7f ½ ² Ⅷ ٣ ① 𝔘𝔫𝔦 𐍈""".split()
-SPACES = [
-    " ",
-    " ",
-    " ",
-    "  ",
-    "\n",
-    "\r\n",
-    "\t",
-    "\x0b",
-    "\x0c",
-    "\x1c",
-    "\x1f",
-    "\x85",
-    "\xa0",
-    "\u2003",
-    "\u2028",
-    "\u3000",
-    "",
-]
+WORDS = """
+    a the photo of dog dogs dog's don't we're they've I'm he'll she'd rock'n'roll naïve café ÉCOLE straße İstanbul
+    ΣΊΣΥΦΟΣ e.g. 3.14 1,000 42nd £5 50% C++ black-and-white http://example.org/a?b=1&c=2 foo_bar @user #tag AT&T
+    r&b && & &c ;) :-D ... !!! ??? -- — “quoted” ‘single’ ﬁne ﬂow ＷＩＤＥ ｶﾀｶﾅ 日本語 中文字 한국어 العربية
+    हिन्दी ไทย עברית e\u0301 a\u0308\u0301 q\u0323\u0307 'ſ \u212a Ã©tÃ© â€œmojibakeâ€\x9d schÃ¶n L&amp;M
+    &lt;b&gt; &amp;amp; &amp;lt; &eacute; &NTILDE; &#39; &#x27; &#0; &#xD800; &nbsp; &notit; &copy <b>bold</b>
+    <start_of_text> <|startoftext|> <|endoftext|> <|ENDOFTEXT|> x<|startoftext|>y <|ſtartoftext|> </w> dog</w>
+    aaaaaaa 👍 👩🏽‍🚀 🏳️‍🌈 🇩🇪 1️⃣ ❤️ \ufffd \ufeff \u200b \u200d \u2060 \xad \ud800 \udc00 \x1b[31m \x1b[0m \x00
+    \x07 \x7f ½ ² Ⅷ ٣ ① 𝔘𝔫𝔦 𐍈
+""".split()  # noqa: SIM905 - a list of quoted strings would hide what they are
+SPACES = [*" " * 3, "  ", "\n", "\r\n", *"\t\x0b\x0c\x1c\x1f\x85\xa0\u2003\u2028\u3000", ""]
 RANGES = [(0x20, 0x7F)] * 4 + [(0, 0x20), (0x7F, 0x250), (0x250, 0x600), (0x600, 0x3100), (0x3100, 0xD800), (0xD800, 0x10000),
           (0x1F300, 0x1FAFF), (0x10000, 0x110000)]  # fmt: skip
 

@@ -22,7 +22,9 @@ lint: setup
 	$(PY) -m mypy clipfast
 
 bench: setup
-	$(PY) -m pytest bench --benchmark-only
+	$(PY) -m pytest bench --benchmark-only --record bench/results/cpu.json
+	test ! -f demo/out/results.json || cp demo/out/results.json bench/results/demo.json
+	$(PY) -m bench.record
 
 clean:
 	rm -rf build clipfast/_C_*.so *.egg-info $(VENV)/.built

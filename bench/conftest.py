@@ -51,9 +51,7 @@ def compare(benchmark, request: pytest.FixtureRequest) -> Callable[..., dict[str
         speedup = {name: median(r / o for r, o in zip(t, own, strict=True)) for name, t in times.items()}
         row = dict(
             group=request.node.path.stem.removeprefix("test_"),
-            name=request.node.callspec.id
-            if hasattr(request.node, "callspec")
-            else request.node.originalname.removeprefix("test_"),
+            name=_name(request.node),
             ms=_spread(own),
             items_per_s=items / median(own) if items > 1 else None,
             rivals={n: dict(ms=_spread(t), speedup=speedup[n]) for n, t in times.items()}

@@ -96,10 +96,17 @@ def speed_table(record: dict[str, Any]) -> str:
 
 
 def demo_table(results: dict[str, Any]) -> str:
-    """The figures of `make demo`, as its report has them."""
-    lines = ["| " + " | ".join(results["table"][0]) + " |", "|---" * len(results["table"][0]) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in results["table"][1:]]
-    return "\n".join(lines)
+    """The figures of `make demo`: the JSON that it writes beside its report."""
+    lines = [
+        "| drawings of the unseen style | names | clipfast, top-1 / top-5 | nearest pixels | chance |",
+        "|---|---|---|---|---|",
+    ]
+    for row in results["accuracy"]:
+        what = f"{row['drawings']:,} of {row['concepts']} concepts{'' if row['flags'] else ', without flags'}"
+        shares = (f"{row[f'{kind}top1']:.1%} / {row[f'{kind}top5']:.1%}" for kind in ("", "pixels_", "chance_"))
+        lines.append(f"| {what} | {row['names']:,} | {' | '.join(shares)} |")
+    pace = f"{results['steps']:,} steps of {results['config']['batch_size']} pairs in {results['seconds']:.0f} s"
+    return "\n".join([*lines, "", f"{pace} on {results['versions']['device']}, torch {results['versions']['torch']}."])
 
 
 def gpu_table() -> str:

@@ -14,6 +14,7 @@ from clipfast.loss import clip_loss
 from clipfast.model import CLIP, MODELS
 from clipfast.tokenizer import tokenize
 from clipfast.train import TrainConfig, adamw
+from demo import emoji
 from demo.__main__ import recipe
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,6 +37,9 @@ CAPTIONS = [
     "an empty road through the desert at noon",
     "a child draws a house with a blue crayon",
 ]
+
+NAMES = ["red heart", "grinning face", "fire engine", "hot beverage", "man cook", "alarm clock", "leaf", "cat", "guitar",
+         "sun behind cloud", "backhand index pointing left"]  # fmt: skip
 
 
 def pair(name: str) -> tuple[CLIP, nn.Module]:
@@ -80,7 +84,8 @@ def test_demo_training_step(compare) -> None:
     theirs = open_clip_model(config.model, copy.deepcopy(ours.state_dict())).to(DEVICE).train()
     side, B = config.model["image_resolution"], config.batch_size  # type: ignore[index]
     image = torch.randn(B, 3, side, side, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    text, lengths = tokenize((CAPTIONS * B)[:B], return_lengths=True)
+    captions = [template.format(name) for name in NAMES for template in emoji.TRAIN_TEMPLATES][:B]  # 7 tokens, as the demo's
+    text, lengths = tokenize(captions, config.model["context_length"], return_lengths=True)  # type: ignore[index]
     text = text.to(DEVICE)
     loss_of_theirs = open_clip.ClipLoss()
 

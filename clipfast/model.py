@@ -177,13 +177,13 @@ class VisionTransformer(nn.Module):
         return self.project(self.transformer(self.embed(x), self.layout))
 
 
-def _batch_norm(bn: nn.BatchNorm2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def _batch_norm(bn: Any, x: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
     """relu(bn(x) + residual), in one pass where the module is plain batch norm in training."""
     if not bn.training or type(bn) is not nn.BatchNorm2d or bn.momentum is None or bn.num_batches_tracked is None:
-        y = bn(x)
-        return F.relu(y if residual is None else y + residual)
+        y = bn(x) if residual is None else bn(x) + residual
+        return F.relu(y) if relu else y
     bn.num_batches_tracked.add_(1)
-    return batch_norm(x, bn.weight, bn.bias, residual, True, bn.eps, bn.running_mean, bn.running_var, bn.momentum)
+    return batch_norm(x, bn.weight, bn.bias, residual, relu, bn.eps, bn.running_mean, bn.running_var, bn.momentum)
 
 
 class Bottleneck(nn.Module):
@@ -207,7 +207,10 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = _batch_norm(self.bn1, self.conv1(x))
         y = _batch_norm(self.bn2, self.conv2(y))
-        return _batch_norm(self.bn3, self.conv3(self.avgpool(y)), x if self.downsample is None else self.downsample(x))
+        if self.downsample is not None:
+            pool, conv, bn = self.downsample
+            x = _batch_norm(bn, conv(pool(x)), relu=False)
+        return _batch_norm(self.bn3, self.conv3(self.avgpool(y)), x)
 
 
 class AttentionPool(nn.Module):

@@ -46,6 +46,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None 
     return y if residual is None else (y, s)
 
 
+def _supports_cpu(*args: object) -> str | None:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors):
+        return None
+    return f"expected float32 on the CPU, got {', '.join(sorted({f'{t.dtype} on {t.device}' for t in tensors}))}"
+
+
 def _fake(x, residual, weight, bias, eps):
     rows = x.new_empty(x.shape[:-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -72,5 +79,5 @@ def _backward(ctx, dy, ds, *_):
     return dx, dx if ctx.fused else None, dweight, dbias.to(ctx.bias_dtype), None
 
 
-OP = dispatch.Op(__name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), compiled={})
+OP = dispatch.Op(__name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), compiled={"cpu": _supports_cpu})
 torch.library.register_autograd("clipfast::layer_norm", _backward, setup_context=_setup, lib=dispatch.LIBRARY)

@@ -53,6 +53,6 @@ def test_op(compare, op: str, case: str) -> None:
         for k, v in made.items()
     }
     leaves = [v for v in given.values() if isinstance(v, Tensor) and v.requires_grad]
-    rivals = {"eager": forward_backward(spec.reference, given, leaves)}
+    rivals = {"eager": forward_backward(getattr(spec, "eager", spec.reference), given, leaves)}
     rivals |= {f"our {name}": by_backend(op, name, given, leaves) for name in dispatch.AUTOMATIC[DEVICE]}
     compare(forward_backward(getattr(kernels, op), given, leaves), rivals, rounds=15)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CASES: dict[str, dict[str, Any]] = {
@@ -95,6 +96,18 @@ def reference(
 def _before(scores: Tensor) -> Tensor:
     """[L, L], true where key j is not after query i."""
     return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+
+
+def eager(qkv: Tensor, heads: int, causal=False, cu_seqlens: Tensor | None = None, max_length: int | None = None) -> Tensor:
+    """What a benchmark compares with: PyTorch's fused attention, with the transposes and the padding that it needs."""
+    x, inside = qkv, None
+    if cu_seqlens is not None:
+        place = cu_seqlens[:-1, None] + torch.arange(max_length or int(cu_seqlens.diff().max()), device=qkv.device)
+        inside = place < cu_seqlens[1:, None]
+        x = F.embedding(place.clamp(max=len(qkv) - 1), qkv)  # its backward is faster than indexing's
+    q, k, v = x.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+    return out if inside is None else out[inside]
 
 
 def supports(*args: Any) -> None:

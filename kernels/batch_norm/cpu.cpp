@@ -16,18 +16,27 @@ constexpr int64_t kBlock = 16384;  // floats of one task's block: 64 KB of each 
 
 // Per channel: the mean of the block's rows and Σ (x - mean)², exactly merged later. x: [rows, C], rows a multiple of P / C but for the last.
 CLIPFAST_CLONES void block_sums(const float* x, int64_t count, int64_t P, float* sum) {
-  for (int64_t i = 0; i + P <= count; i += P)
+  int64_t i = 0;
+  for (; i + 4 * P <= count; i += 4 * P)
+    for (int64_t p = 0; p < P; ++p) sum[p] += (x[i + p] + x[i + P + p]) + (x[i + 2 * P + p] + x[i + 3 * P + p]);
+  for (; i + P <= count; i += P)
     for (int64_t p = 0; p < P; ++p) sum[p] += x[i + p];
-  for (int64_t i = count - count % P, p = 0; i < count; ++i, ++p) sum[p] += x[i];
+  for (int64_t p = 0; i < count; ++i, ++p) sum[p] += x[i];
 }
 
 CLIPFAST_CLONES void block_squares(const float* x, int64_t count, int64_t P, const float* mean, float* squares) {
-  for (int64_t i = 0; i + P <= count; i += P)
+  int64_t i = 0;
+  for (; i + 4 * P <= count; i += 4 * P)
+    for (int64_t p = 0; p < P; ++p) {
+      const float m = mean[p], a = x[i + p] - m, b = x[i + P + p] - m, c = x[i + 2 * P + p] - m, d = x[i + 3 * P + p] - m;
+      squares[p] += (a * a + b * b) + (c * c + d * d);
+    }
+  for (; i + P <= count; i += P)
     for (int64_t p = 0; p < P; ++p) {
       const float d = x[i + p] - mean[p];
       squares[p] += d * d;
     }
-  for (int64_t i = count - count % P, p = 0; i < count; ++i, ++p) {
+  for (int64_t p = 0; i < count; ++i, ++p) {
     const float d = x[i] - mean[p];
     squares[p] += d * d;
   }
@@ -82,6 +91,16 @@ CLIPFAST_CLONES void input_gradient(
   }
 }
 
+// Adds a block's means and squared deviations to those of all blocks before it; the factors are the same for every channel.
+CLIPFAST_CLONES void merge(
+    const float* mean, const float* squares, double share, double weight_of_gap, double* centre, double* total, int64_t C) {
+  for (int64_t c = 0; c < C; ++c) {
+    const double gap = mean[c] - centre[c];
+    centre[c] += gap * share;
+    total[c] += squares[c] + gap * gap * weight_of_gap;
+  }
+}
+
 struct Pattern {  // how [rows, C] is cut into blocks of whole patterns of P floats
   int64_t C, rows, P, block, blocks;
   Pattern(const Tensor& x) : C(x.size(1)), rows(x.numel() / C) {
@@ -128,20 +147,20 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     block_squares(xp + b * s.block, count, s.P, s.repeated(m).data(), square.data());
     for (int64_t p = 0; p < s.P; ++p) squares[b * s.C + p % s.C] += square[p];
   });
+  std::vector<double> centre(s.C, 0.0), total(s.C, 0.0);
+  double n = 0;
+  for (int64_t b = 0; b < s.blocks; ++b) {
+    const double rows = static_cast<double>(s.count(b) / s.C), share = rows / (n + rows), weight_of_gap = n * share;
+    merge(means.data() + b * s.C, squares.data() + b * s.C, share, weight_of_gap, centre.data(), total.data(), s.C);
+    n += rows;
+  }
   std::vector<float> scale(s.C), shift(s.C);
   for (int64_t c = 0; c < s.C; ++c) {
-    double n = 0, m = 0, square = 0;
-    for (int64_t b = 0; b < s.blocks; ++b) {
-      const double rows = static_cast<double>(s.count(b) / s.C), delta = means[b * s.C + c] - m;
-      n += rows;
-      m += delta * rows / n;
-      square += squares[b * s.C + c] + delta * delta * rows * (n - rows) / n;
-    }
-    const double r = 1.0 / std::sqrt(square / n + eps), w = floats(weight)[c];
-    mutable_floats(mean)[c] = static_cast<float>(m);
+    const double r = 1.0 / std::sqrt(total[c] / n + eps), w = floats(weight)[c];
+    mutable_floats(mean)[c] = static_cast<float>(centre[c]);
     mutable_floats(rstd)[c] = static_cast<float>(r);
     scale[c] = static_cast<float>(r * w);
-    shift[c] = static_cast<float>(floats(bias)[c] - m * r * w);
+    shift[c] = static_cast<float>(floats(bias)[c] - centre[c] * r * w);
   }
   const auto scales = s.repeated(scale.data()), shifts = s.repeated(shift.data());
   const auto run = residual ? (relu ? normalise_residual_relu : normalise_residual) : (relu ? normalise_relu : normalise);
@@ -174,10 +193,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       products[b * s.C + p % s.C] += product[p];
     }
   });
+  std::vector<double> all_sums(s.C, 0.0), all_products(s.C, 0.0);
+  for (int64_t b = 0; b < s.blocks; ++b)
+    for (int64_t c = 0; c < s.C; ++c) {
+      all_sums[c] += sums[b * s.C + c];
+      all_products[c] += products[b * s.C + c];
+    }
   std::vector<float> a(s.C), b_(s.C), c_(s.C);
   for (int64_t c = 0; c < s.C; ++c) {
-    double sum = 0, product = 0;
-    for (int64_t b = 0; b < s.blocks; ++b) sum += sums[b * s.C + c], product += products[b * s.C + c];
+    const double sum = all_sums[c], product = all_products[c];
     const double r = floats(rstd)[c], w = floats(weight)[c], n = static_cast<double>(s.rows);
     mutable_floats(dbias)[c] = static_cast<float>(sum);
     mutable_floats(dweight)[c] = static_cast<float>(product * r);

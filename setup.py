@@ -41,11 +41,13 @@ class Build(build_ext):
 
     def run(self) -> None:
         self.work = ROOT / "build" / "cmake"
+        # The cmake and ninja that were installed beside this Python first: a system's own may be too old for its nvcc.
+        tools = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+        cmake = shutil.which("cmake", path=tools["PATH"]) or "cmake"
         options = [f"-DTORCH_DIR={Path(torch.__file__).parent}", f"-DCLIPFAST_CUDA={'ON' if CUDA else 'OFF'}"]
-        subprocess.run(
-            ["cmake", "-GNinja", "-DCMAKE_BUILD_TYPE=Release", *options, "-S", str(ROOT), "-B", str(self.work)], check=True
-        )
-        subprocess.run(["cmake", "--build", str(self.work)], check=True)
+        options += ["-GNinja", "-DCMAKE_BUILD_TYPE=Release"]
+        subprocess.run([cmake, *options, "-S", str(ROOT), "-B", str(self.work)], check=True, env=tools)
+        subprocess.run([cmake, "--build", str(self.work)], check=True, env=tools)
         super().run()
 
     def build_extension(self, ext: Extension) -> None:

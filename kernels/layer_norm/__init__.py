@@ -53,6 +53,16 @@ def _supports_cpu(*args: object) -> str | None:
     return f"expected float32 on the CPU, got {', '.join(sorted({f'{t.dtype} on {t.device}' for t in tensors}))}"
 
 
+def _supports_cuda(first: Tensor, *rest: object) -> str | None:
+    weight = next(a for a in rest if isinstance(a, Tensor) and a.ndim == 1 and a.shape == first.shape[-1:])
+    if first.device.type != "cuda":
+        return f"expected CUDA tensors, got {first.device}"
+    if first.dtype not in (torch.float32, torch.float16, torch.bfloat16) or weight.dtype not in (torch.float32, first.dtype):
+        return f"expected float32, float16 or bfloat16 with gains alike or float32, got {first.dtype} with {weight.dtype}"
+    C = first.shape[-1]
+    return None if C % 8 == 0 and C <= 4096 else f"expected a multiple of 8 channels, at most 4096, got {C}"
+
+
 def _fake(x, residual, weight, bias, eps):
     rows = x.new_empty(x.shape[:-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -79,5 +89,6 @@ def _backward(ctx, dy, ds, *_):
     return dx, dx if ctx.fused else None, dweight, dbias.to(ctx.bias_dtype), None
 
 
-OP = dispatch.Op(__name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), compiled={"cpu": _supports_cpu})
+_COMPILED = {"cpu": _supports_cpu, "cuda": _supports_cuda}
+OP = dispatch.Op(__name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), _COMPILED)
 torch.library.register_autograd("clipfast::layer_norm", _backward, setup_context=_setup, lib=dispatch.LIBRARY)

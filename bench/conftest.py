@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import bench.rivals  # noqa: F401 - makes the rivals importable beside a CPU torch
 from bench.record import machine
 
 ROWS: list[dict[str, Any]] = []

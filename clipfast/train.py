@@ -271,7 +271,8 @@ def _beyond_shapes(model: CLIP) -> dict[str, Any]:
     visual: Any = model.visual
     first = visual.transformer.resblocks[0].attn if hasattr(visual, "transformer") else visual.attnpool
     text: Any = model.transformer.resblocks[0].attn
-    return {"quick_gelu": model.quick_gelu, "vision_heads": first.heads, "transformer_heads": text.heads}
+    heads = {"vision_heads": first.heads, "transformer_heads": text.heads}
+    return {"quick_gelu": model.quick_gelu, "image_resolution": visual.input_resolution} | heads
 
 
 class _Run:

@@ -59,7 +59,8 @@ def log(out: Path) -> list[dict]:
 def dense_loss(image: Tensor, text: Tensor, scale: Tensor, labels: Tensor | None) -> Tensor:
     """The paper's figure 3, written out; with labels the target is shared equally among the positives."""
     logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
-    target = torch.eye(len(logits)) if labels is None else (labels[:, None] == labels).float()
+    target = torch.eye(len(logits)) if labels is None else labels[:, None] == labels
+    target = target.to(logits.dtype)
     target = target / target.sum(1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -70,7 +71,7 @@ def dense_loss(image: Tensor, text: Tensor, scale: Tensor, labels: Tensor | None
 @pytest.mark.parametrize("labels", [False, True])
 @pytest.mark.parametrize("micro_batch", [0, 8, 3, 1])
 def test_the_gradient_of_parts_is_that_of_the_whole(micro_batch, labels):
-    model, batch = tiny(), pairs(0, labels=labels)
+    model, batch = tiny().double(), pairs(0, labels=labels)  # in fp64, where nothing but a wrong sum makes a difference
     truth = deepcopy(model)
     features = truth.encode_image(batch.pixels), truth.encode_text(batch.tokens, lengths=batch.lengths)
     expected = dense_loss(*features, truth.logit_scale.exp(), batch.labels)
@@ -78,10 +79,10 @@ def test_the_gradient_of_parts_is_that_of_the_whole(micro_batch, labels):
 
     parts = split(batch, micro_batch)
     assert len(parts) == {0: 1, 8: 1, 3: 3, 1: 8}[micro_batch]
-    assert backward(model, parts) == pytest.approx(expected.item(), rel=1e-5)
+    assert backward(model, parts) == pytest.approx(expected.item(), rel=1e-12)
     for (name, ours), theirs in zip(model.named_parameters(), truth.parameters(), strict=True):
         assert ours.grad is not None and theirs.grad is not None and theirs.grad.norm() > 0, name
-        torch.testing.assert_close(ours.grad, theirs.grad, atol=2e-6, rtol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-13, rtol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
 
 
 class Noisy(nn.Module):

@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-OPS = ("attention", "batch_norm", "contrastive", "layer_norm", "mlp", "pooling")
+OPS = ("attention", "batch_norm", "contrastive", "layer_norm", "linear", "mlp", "pairwise_sigmoid", "pooling")
 
 
 def with_cuda() -> bool:
@@ -60,7 +60,7 @@ CUDA = with_cuda() and any(ROOT.glob("kernels/*/cuda.cu"))
 setup(
     packages=["clipfast", "clipfast.kernels", *(f"clipfast.kernels.{op}" for op in OPS)],
     package_dir={"clipfast": "clipfast", "clipfast.kernels": "kernels"},
-    package_data={"clipfast": ["*.gz"]},
+    package_data={"clipfast": ["*.gz"], "": ["*.json", "*.h", "*.cuh", "*.cpp", "*.cu"]},  # passed.py reads the sources
     ext_modules=[Extension(f"clipfast._C_{kind}", sources=[]) for kind in ("cpu", *(["cuda"] if CUDA else []))],
     cmdclass={"build_ext": Build},
 )

@@ -5,57 +5,90 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median, quantiles
-from time import perf_counter
+from statistics import median
 from typing import Any
 
 import pytest
-import torch
 
 import bench.rivals  # noqa: F401 - makes the rivals importable beside a CPU torch
+from bench import measure
 from bench.record import machine
+from bench.tables import absent
 
 ROWS: list[dict[str, Any]] = []
+CEILINGS: list[dict[str, float]] = []  # the roofline before the first row and after the last
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", metavar="FILE", help="write the figures as JSON, for python -m bench.record")
+    parser.addoption("--full", action="store_true", help="the long grid: all sizes whatever the device, and more rounds")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: measured with --full only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason="with --full only"))
 
 
 @pytest.fixture
-def compare(benchmark, request: pytest.FixtureRequest) -> Callable[..., dict[str, float]]:
-    """``compare(ours, rivals, rounds)``: times ours and every rival in turn; returns the speed-up over each.
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether the long grid is asked for."""
+    return request.config.getoption("--full")
 
-    A rival may be a str, the reason why it does not run here: its row says so.
+
+@pytest.fixture
+def compare(benchmark, full: bool, request: pytest.FixtureRequest) -> Callable[..., dict[str, float]]:
+    """``compare(ours, rivals)``: times ours and every rival in turn; returns the speed-up over each.
+
+    A rival may be a str, the reason why it does not run here: its row says so. ``rounds``: without, as many as fit into two
+    seconds, 5 to 21; with ``--full`` three times as many. ``items``: what one call works through, for a rate. ``floor``: its
+    (FLOPs, bytes), for the share of the roofline. ``graphs``: on a GPU, calls shorter than ``measure.SHORT`` may be timed as
+    captured graphs, all or none. Anything else is kept in the row.
     """
 
-    def run(ours: Callable[[], Any], rivals: dict[str, Callable[[], Any] | str], rounds: int = 7, items: int = 1, **note: Any):
-        runnable = {name: rival for name, rival in rivals.items() if not isinstance(rival, str)}
-        times: dict[str, list[float]] = {name: [] for name in runnable}
+    def run(
+        ours: Callable[[], Any],
+        rivals: dict[str, Callable[[], Any] | str],
+        rounds: int | None = None,
+        items: int = 1,
+        floor: tuple[int, int] | None = None,
+        graphs: bool = False,
+        **note: Any,
+    ) -> dict[str, float]:
+        if not CEILINGS:
+            CEILINGS.append(measure.roofline())
+        calls = {"": ours} | {name: rival for name, rival in rivals.items() if not isinstance(rival, str)}
+        for call in calls.values():  # warm-up: caches, lazy compilation
+            call()
+        if rounds is None:
+            rounds = min(21, max(5, int(2 / sum(measure.seconds(call) for call in calls.values()))))
+        replays = _graphs(calls) if graphs and measure.DEVICE == "cuda" else None
+        times: dict[str, list[float]] = {name: [] for name in calls}
+
+        def turn(name: str) -> None:
+            times[name].append(measure.seconds((replays or calls)[name], graph=replays is not None))
 
         def others() -> None:
-            for name, rival in runnable.items():
-                start = perf_counter()
-                rival()
-                _wait()
-                times[name].append(perf_counter() - start)
+            for name in list(calls)[1:]:
+                turn(name)
 
-        def target() -> None:
-            ours()
-            _wait()
-
-        target(), others()  # warm-up: caches, lazy compilation
-        for measured in times.values():
-            measured.clear()
-        benchmark.pedantic(target, setup=others, rounds=rounds)
-        own = benchmark.stats.stats.data
+        benchmark.pedantic(turn, args=("",), setup=others, rounds=3 * rounds if full else rounds)
+        memory = {name: measure.peak_memory(call) for name, call in calls.items()}
+        own = times.pop("")
         speedup = {name: median(r / o for r, o in zip(t, own, strict=True)) for name, t in times.items()}
         row = dict(
             group=request.node.path.stem.removeprefix("test_"),
             name=_name(request.node),
-            ms=_spread(own),
+            ms=measure.spread(own),
+            memory=memory[""],
             items_per_s=items / median(own) if items > 1 else None,
-            rivals={n: dict(ms=_spread(t), speedup=speedup[n]) for n, t in times.items()}
+            roofline=floor,
+            rivals={n: dict(ms=measure.spread(t), speedup=speedup[n], memory=memory[n]) for n, t in times.items()}
             | {n: dict(absent=r) for n, r in rivals.items() if isinstance(r, str)},
             **note,
         )
@@ -66,9 +99,16 @@ def compare(benchmark, request: pytest.FixtureRequest) -> Callable[..., dict[str
     return run
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _graphs(calls: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]] | None:
+    """The calls as CUDA graphs, if all are short and all can be: a graph against a launch would not be like against like."""
+    if max(measure.seconds(call) for call in calls.values()) > measure.SHORT:
+        return None
+    made: dict[str, Callable[[], Any]] = {}
+    for name, call in calls.items():
+        if (replay := measure.captured(call)) is None:
+            return None
+        made[name] = replay
+    return made
 
 
 def _name(node: pytest.Item) -> str:
@@ -78,23 +118,40 @@ def _name(node: pytest.Item) -> str:
     return parameters if own == "op" else f"{own} {parameters}".strip()
 
 
-def _spread(seconds: list[float]) -> dict[str, float]:
-    """Median with the 20th and 80th percentile, in ms."""
-    fifths = quantiles(seconds, n=5) if len(seconds) > 1 else [seconds[0]] * 4
-    return dict(median=1e3 * median(seconds), p20=1e3 * fifths[0], p80=1e3 * fifths[3])
+def line(row: dict[str, Any]) -> str:
+    """A row for the eye: ours in ms and its spread, rate, roofline and memory, then the rivals."""
+    ms, roof = row["ms"], row["roofline"]
+    parts = [f"{row['group'][:10]:10} {row['name'][:34]:34} {ms['median']:9.3f} ms ({ms['p20']:.3f}-{ms['p80']:.3f})"]
+    if row["items_per_s"]:
+        parts.append(f"{row['items_per_s']:,.0f}/s")
+    if roof:
+        unit, size = ("GB/s", 1e9) if roof["limit"] == "bytes" else ("TFLOP/s", 1e12)
+        parts.append(f"{roof['rate'] / size:.4g} {unit}, {roof['share']:.0%} of the roofline")
+    if row["memory"] is not None:
+        parts.append(f"{row['memory'] / 1e6:,.1f} MB")
+    for name, r in row["rivals"].items():
+        if "absent" not in r:
+            memory = "" if r["memory"] is None else f" ({r['memory'] / 1e6:,.1f} MB)"
+            parts.append(f"{r['speedup']:.2f} x {name}{memory}")
+    return "  ".join([*parts, *absent(row)])
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if not ROWS:
         return
-    terminalreporter.section("clipfast against its rivals: interleaved rounds, medians")
+    # The better of two, as something else may have run beside one.
+    ceilings = {k: max(v, CEILINGS[0][k]) for k, v in measure.roofline().items()}
     for row in ROWS:
-        rate = f"{row['items_per_s']:10,.0f}/s" if row["items_per_s"] else " " * 12
-        rivals = ", ".join(
-            f"{name} absent ({r['absent']})" if "absent" in r else f"{r['speedup']:.2f} x {name}"
-            for name, r in row["rivals"].items()
-        )
-        terminalreporter.line(f"{row['group']:12} {row['name'][:44]:44} {row['ms']['median']:9.3f} ms {rate}  {rivals}")
+        if row["roofline"]:
+            row["roofline"] = measure.achieved(row["roofline"], row["ms"]["median"] / 1e3, ceilings)
+    terminalreporter.section("clipfast against its rivals: interleaved rounds, medians (p20-p80), peak memory")
+    terminalreporter.line(
+        f"roofline of this run: copy {ceilings['bytes_per_s'] / 1e9:,.0f} GB/s, matmul in {str(measure.DTYPE)[6:]} "
+        f"{ceilings['flops_per_s'] / 1e12:.3g} TFLOP/s; {measure.memory_lacks() or 'memory is what a call needs at its peak'}"
+    )
+    for row in ROWS:
+        terminalreporter.line(line(row))
     if file := config.getoption("--record"):
-        Path(file).write_text(json.dumps(dict(machine=machine(), rows=ROWS), indent=1) + "\n")
+        made = dict(machine=machine(), roofline=ceilings, full=config.getoption("--full"), rows=ROWS)
+        Path(file).write_text(json.dumps(made, indent=1) + "\n")
         terminalreporter.line(f"written: {file}")

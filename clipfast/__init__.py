@@ -5,14 +5,14 @@ import sys
 from clipfast import tokenizer as simple_tokenizer
 from clipfast.image import Preprocess, _transform  # noqa: F401 - reached as clip.clip._transform
 from clipfast.info import info
-from clipfast.loss import ClipLoss, clip_loss
+from clipfast.loss import ClipLoss, SigLipLoss, clip_loss, siglip_loss
 from clipfast.model import CLIP, MODELS
 from clipfast.tokenizer import tokenize
 from clipfast.weights import available_models, build_model, convert, convert_weights, load
 
 __all__ = [
-    "CLIP", "MODELS", "ClipLoss", "Preprocess", "available_models", "build_model", "clip_loss", "convert", "convert_weights",
-    "info", "load", "tokenize",
+    "CLIP", "MODELS", "ClipLoss", "Preprocess", "SigLipLoss", "available_models", "build_model", "clip_loss", "convert",
+    "convert_weights", "info", "load", "siglip_loss", "tokenize",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

@@ -10,12 +10,14 @@ One legend for every shape in this package:
 
 The ops:
 
-    attention    softmax(QKᵀ/√K)·V from one packed QKV projection; dense, causal, packed lengths
-    batch_norm   batch norm in training, with residual addition and ReLU
-    contrastive  both log-sum-exps of CLIP's similarity matrix and their gradients, the matrix never formed
-    layer_norm   layer norm, with the residual addition before it in the same pass
-    mlp          Linear, QuickGELU or GELU, Linear; the activation in one pass with the bias
-    pooling      attention of one query per sequence, with K and V never formed
+    attention         softmax(QKᵀ/√K)·V from one packed QKV projection; dense, causal, packed lengths
+    batch_norm        batch norm in training, with residual addition and ReLU
+    contrastive       both log-sum-exps of CLIP's similarity matrix and their gradients, the matrix never formed
+    layer_norm        layer norm, with the residual addition before it in the same pass
+    linear            x·Wᵀ + b by the faster of the machine's two libraries
+    mlp               Linear, QuickGELU or GELU, Linear; the activation in one pass with the bias
+    pairwise_sigmoid  SigLIP's loss over all pairs and its gradients in one sweep, the matrix never formed
+    pooling           attention of one query per sequence, with K and V never formed
 """
 
 if __name__ == "kernels":
@@ -30,7 +32,12 @@ from clipfast.kernels.batch_norm import batch_norm
 from clipfast.kernels.contrastive import contrastive
 from clipfast.kernels.dispatch import OPS, use
 from clipfast.kernels.layer_norm import layer_norm
+from clipfast.kernels.linear import linear
 from clipfast.kernels.mlp import mlp
+from clipfast.kernels.pairwise_sigmoid import pairwise_sigmoid
 from clipfast.kernels.pooling import pooling
 
-__all__ = ["OPS", "attention", "batch_norm", "contrastive", "dispatch", "layer_norm", "mlp", "pooling", "use"]
+__all__ = [
+    "OPS", "attention", "batch_norm", "contrastive", "dispatch", "layer_norm", "linear", "mlp", "pairwise_sigmoid", "pooling",
+    "use",
+]  # fmt: skip

@@ -1,8 +1,8 @@
 """Which backend runs an op: the one place that knows.
 
-Every backend of an op has ``supports``, ``forward`` and ``backward`` with the same arguments. The automatic choice is the first
-backend of the device's tuple that supports the arguments; ``CLIPFAST_BACKEND`` or ``use`` forces one, which then runs or raises
-with its reason.
+Every backend of an op has ``supports``, ``forward`` and ``backward`` with the same arguments (no ``backward`` where the op
+makes its gradients in the forward pass). The automatic choice is the first backend of the device's tuple that supports the
+arguments; ``CLIPFAST_BACKEND`` or ``use`` forces one, which then runs or raises with its reason.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
-# A CUDA C++ kernel joins the cuda tuple once a GPU has passed it (bench/results); until then it runs only when forced.
-AUTOMATIC = {"cpu": ("cpu", "torch"), "cuda": ("triton", "torch")}
-BACKENDS = ("cuda", "triton", "cpu", "torch")
+from clipfast.kernels import passed
+
+# A CUDA C++ kernel counts only on a GPU that has passed it (passed.py); elsewhere it runs only when forced.
+AUTOMATIC = {"cpu": ("cpu", "onednn", "torch"), "cuda": ("cuda", "triton", "torch")}
+BACKENDS = ("cuda", "triton", "cpu", "torch", "onednn")
 
 OPS: dict[str, Op] = {}
 LIBRARY = torch.library.Library("clipfast", "DEF")
@@ -29,12 +31,17 @@ _forced: list[str | None] = [os.environ.get("CLIPFAST_BACKEND") or None]
 
 @contextlib.contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Run every op inside the ``with`` by this backend: ``cuda``, ``triton``, ``cpu`` or ``torch``."""
+    """Run every op inside the ``with`` by this backend: ``cuda``, ``triton``, ``cpu``, ``torch`` or a library's name."""
     _forced.append(backend)
     try:
         yield
     finally:
         _forced.pop()
+
+
+def forced() -> str | None:
+    """The backend that ``use`` or ``CLIPFAST_BACKEND`` asks for, or None: the choice is automatic."""
+    return _forced[-1]
 
 
 @functools.cache
@@ -69,18 +76,22 @@ def triton_lacks(x: torch.Tensor, products: bool = False) -> str | None:
     return None
 
 
+class NoBackend(RuntimeError):
+    """No backend runs these arguments; the message has the reason of each."""
+
+
 class Op:
-    """One op: its schemas ``clipfast::<name>`` and ``clipfast::<name>_backward``, and its backends.
+    """One op: its schemas ``clipfast::<name>`` and, with a backward pass, ``clipfast::<name>_backward``, and its backends.
 
     ``compiled`` gives the ``supports`` of each C++ backend, whose pair of ops takes the same arguments under ``<name>_<kind>``.
     """
 
     def __init__(
-        self, home: str, forward: tuple[str, Callable], backward: tuple[str, Callable], compiled: dict[str, Callable]
+        self, home: str, forward: tuple[str, Callable], backward: tuple[str, Callable] | None, compiled: dict[str, Callable]
     ) -> None:
         self.home, self.name, self.compiled = home, home.rpartition(".")[2], compiled
-        for part, (schema, fake) in (("forward", forward), ("backward", backward)):
-            name = self.name + {"forward": "", "backward": "_backward"}[part]
+        self.parts = {"forward": self.name} | ({"backward": f"{self.name}_backward"} if backward else {})
+        for (part, name), (schema, fake) in zip(self.parts.items(), filter(None, (forward, backward)), strict=True):
             LIBRARY.define(name + schema)
             LIBRARY.impl(name, functools.partial(self._run, part), "CompositeExplicitAutograd")
             torch.library.register_fake(f"clipfast::{name}", fake, lib=LIBRARY)
@@ -93,7 +104,12 @@ class Op:
         return self.backend("torch")
 
     def _run(self, part: str, *args: Any) -> Any:
-        return getattr(self.choose(*args)[1], part)(*args)
+        run = getattr(self.choose(*args)[1], part)
+        device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
+        if not torch.is_autocast_enabled(device):
+            return run(*args)
+        with torch.autocast(device, enabled=False):  # an op computes in the types it is given: its matrix products too
+            return run(*args)
 
     @functools.cache  # noqa: B019 - ops live as long as the process
     def backend(self, name: str) -> Any:
@@ -105,26 +121,23 @@ class Op:
                 return f"{self.name} has no {name} backend"
             if reason := library(name):
                 return reason
-            ops, suffix = torch.ops.clipfast, f"_{name}"
-            return SimpleNamespace(
-                supports=self.compiled[name],
-                forward=getattr(ops, self.name + suffix),
-                backward=getattr(ops, f"{self.name}_backward{suffix}"),
-            )
+            found = {part: getattr(torch.ops.clipfast, f"{op}_{name}") for part, op in self.parts.items()}
+            return SimpleNamespace(supports=self.compiled[name], **found)
         try:
             return importlib.import_module(f"{self.home}.{'spec' if name == 'torch' else name}")
         except ModuleNotFoundError as error:
             return f"no module {error.name}"
 
     def choose(self, *args: Any) -> tuple[str, Any]:
-        """Name and backend that run these arguments; RuntimeError with every reason where none does."""
-        device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
-        forced = _forced[-1]
+        """Name and backend that run these arguments; NoBackend with every reason where none does."""
+        device = next(a for a in args if isinstance(a, torch.Tensor)).device
         reasons = []
-        for name in (forced,) if forced else AUTOMATIC.get(device, ("torch",)):
+        for name in (forced(),) if forced() else AUTOMATIC.get(device.type, ("torch",)):
             backend = self.backend(name)
             reason = backend if isinstance(backend, str) else backend.supports(*args)
+            if reason is None and name == "cuda" and not forced():
+                reason = passed.lacks(self.name, device)
             if reason is None:
                 return name, backend
             reasons.append(f"{name}: {reason}")
-        raise RuntimeError(f"clipfast {self.name} on {device}: no backend runs this ({'; '.join(reasons)})")
+        raise NoBackend(f"clipfast {self.name} on {device}: no backend runs this ({'; '.join(reasons)})")

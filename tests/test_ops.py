@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,16 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def public(op: str):
+    """The op's function; linear's calls the operator, as for a large product on the right machine, and not F.linear."""
+
+    def run(**given):
+        with dispatch.use("torch") if op == "linear" else contextlib.nullcontext():
+            return getattr(kernels, op)(**given)
+
+    return run
+
+
 def tensors(outputs) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
@@ -40,9 +51,9 @@ def test_opcheck(op: str, case: str) -> None:
     """Schema and fake of the raw operators, forward and backward, on the arguments that the public function gives them."""
     given = arguments(op, case, torch.float32, "cpu")
     with Calls(op) as forward, Calls(f"{op}_backward") as backward:
-        outputs = tensors(getattr(kernels, op)(**given))
+        outputs = tensors(public(op)(**given))
         torch.autograd.backward(outputs, [torch.randn_like(o) for o in outputs])
-    assert forward.calls and backward.calls
+    assert forward.calls and bool(backward.calls) == ("backward" in kernels.OPS[op].parts)
     for function, args in [*forward.calls, *backward.calls]:
         leaves = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
         torch.library.opcheck(function, leaves, test_utils=("test_schema", "test_faketensor"))
@@ -52,7 +63,7 @@ def test_opcheck(op: str, case: str) -> None:
 def test_compiles_to_one_graph(op: str) -> None:
     case = next(iter(kernels.OPS[op].spec.CASES))
     given = arguments(op, case, torch.float32, "cpu")
-    function = getattr(kernels, op)
+    function = public(op)
     leaves = [v for v in given.values() if isinstance(v, Tensor) and v.requires_grad]
     expected = tensors(function(**given))
     got = tensors(torch.compile(function, fullgraph=True, backend="aot_eager")(**given))
@@ -66,16 +77,18 @@ def test_compiles_to_one_graph(op: str) -> None:
 @pytest.mark.parametrize("op", kernels.OPS)
 def test_no_gradient_work_without_gradients(op: str) -> None:
     given = arguments(op, next(iter(kernels.OPS[op].spec.CASES)), torch.float32, "cpu")
-    with torch.no_grad(), Calls(f"{op}_backward") as backward:
-        outputs = tensors(getattr(kernels, op)(**given))
+    with torch.no_grad(), Calls(op) as forward, Calls(f"{op}_backward") as backward:
+        outputs = tensors(public(op)(**given))
     assert not backward.calls and not any(o.requires_grad for o in outputs)
+    # Flags of an op without a backward pass say which gradients it shall make.
+    assert "backward" in kernels.OPS[op].parts or not any(a is True for a in forward.calls[0][1])
 
 
 @pytest.mark.parametrize("op", kernels.OPS)
 def test_upstream_gradients_may_have_any_strides(op: str) -> None:
     given = arguments(op, next(iter(kernels.OPS[op].spec.CASES)), torch.float64, "cpu")
     leaves = [v for v in given.values() if isinstance(v, Tensor) and v.requires_grad]
-    outputs = tensors(getattr(kernels, op)(**given))
+    outputs = tensors(public(op)(**given))
     flat = [torch.full_like(o, 0.7) for o in outputs]
     strange = [torch.tensor(0.7, dtype=o.dtype).expand(o.shape) for o in outputs]
     once = torch.autograd.grad(outputs, leaves, flat, retain_graph=True)
@@ -85,12 +98,18 @@ def test_upstream_gradients_may_have_any_strides(op: str) -> None:
 
 def test_every_op_has_its_backends() -> None:
     """Rows of test_kernels skip a backend that is absent; here it shows when one is."""
-    assert set(kernels.OPS) == {"attention", "batch_norm", "contrastive", "layer_norm", "mlp", "pooling"}
+    assert set(kernels.OPS) == {"attention", "batch_norm", "contrastive", "layer_norm", "linear", "mlp", "pairwise_sigmoid",
+                                "pooling"}  # fmt: skip
     for name, op in kernels.OPS.items():
-        triton = ["triton"] if name != "batch_norm" else []  # on a GPU the vendor's batch norm runs
-        for backend in ("torch", *triton, *(["cpu"] if "cpu" in op.compiled else [])):
+        triton = ["triton"] if name not in ("batch_norm", "linear") else []  # on a GPU the vendor's run
+        for backend in (
+            "torch",
+            *triton,
+            *(["cpu"] if "cpu" in op.compiled else []),
+            *(["onednn"] if name == "linear" else []),
+        ):
             assert not isinstance(op.backend(backend), str), f"{name}: {backend}: {op.backend(backend)}"
-    assert {name for name, op in kernels.OPS.items() if "cpu" not in op.compiled} == {"contrastive"}  # GEMMs: the vendor's
+    assert {name for name, op in kernels.OPS.items() if "cpu" not in op.compiled} == {"linear"}
 
 
 def test_forced_backend_runs_or_says_why_not() -> None:

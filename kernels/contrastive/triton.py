@@ -1,10 +1,25 @@
-"""Contrastive statistics and gradients in Triton: tiles of the similarity matrix live in registers only.
+"""Contrastive statistics and gradients in Triton: the similarity matrix lives in registers, its derivative G in 16-bit blocks.
 
+Forward, 2N²D: ``_scan`` finds a common reference t for exp(s - t), ``_sums`` adds one exponential an element into its row and
+its column, ``_finish`` adds the pair and repairs what t did not suit. Backward, 6N²D: ``_gradient`` writes a block of G, the
+vendor's GEMM multiplies it by the texts and, transposed, by the images.
+
+Estimates in ms for an H200 in bf16 at (N = 4,096, D = 768), (65,536, 768) and (1,048,576, 512), with 790 TFLOP/s of MMA,
+16 exponentials a clock and SM, 550 TFLOP/s for our sweeps and 700 for GEMMs with large blocks, 500 with one of 4,096²:
+
+    forward                                              0.05     12   2,000
+    backward  two sweeps, s made in each, 8N²D           0.21     60   9,600   at 440: their second product starves on L2
+              one sweep, 6N²D                              no order of sums over columns without atomics or N² bytes
+              blocks of G and the vendor's GEMM, 6N²D    0.16     31   5,300   chosen: its 4N²D run at the vendor's speed
+
+A tile of 256 × 128 takes 12 · 1,024 clocks of MMA at D = 768 and then 2,400 of epilogue, nearly all for 32,768 exponentials,
+under which only loads go on: 84 % of 790 at best, and 600 from L2 (``tiles``).
 No GPU has run these yet; tile sizes follow from the arithmetic beside them and from ptxas (bench/compiled.py).
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -13,160 +28,248 @@ import triton.language as tl
 from torch import Tensor
 
 from clipfast.kernels import dispatch
+from clipfast.kernels.tiles import (
+    BAND,
+    SIZES,
+    add_product,
+    blocks,
+    chip,
+    constants,
+    described,
+    fitting,
+    operand,
+    place,
+    signature,
+    similarity,
+    tiles,
+)
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+SCANS = 512  # programs of ``_scan`` at most; every other program takes the largest of what they leave, 6 KB
 
 
-@triton.jit
-def _similarity(
-    a, b, rows, columns, scale, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """scale·⟨a_i, b_j⟩ [BLOCK_M, BLOCK_N] in fp32 for rows i of a [., D] and columns j of b [., D].
+@triton.jit(do_not_specialize=SIZES)
+def _scan(image, text, scale, marks, n, N, offset, D: tl.constexpr, SCANS: tl.constexpr, ROWS: tl.constexpr):
+    """marks [3, SCANS]: the largest ‖image_i‖², ‖text_j‖² and sample of s among the rows of each program.
 
-    Inside a tile 32 bits hold every offset: 64 would cost two registers for each of the addresses.
+    The sample is s at the pairs, at row i and column i where there are none. NaN is left out: it comes back in the sums.
     """
-    s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        left, right = a + (rows[:, None] * D + d[None, :]), b + (columns[None, :] * D + d[:, None])
-        if D % BLOCK_D == 0:
-            s = tl.dot(tl.load(left), tl.load(right), s, input_precision=PRECISION)
-        else:
-            x, y = tl.load(left, mask=d[None, :] < D, other=0.0), tl.load(right, mask=d[:, None] < D, other=0.0)
-            s = tl.dot(x, y, s, input_precision=PRECISION)
-    return s * scale
+    factor = tl.load(scale).to(tl.float32)
+    a_most = tl.zeros((ROWS,), tl.float32)
+    b_most = tl.zeros((ROWS,), tl.float32)
+    s_most = tl.full((ROWS,), float("-inf"), tl.float32)
+    for first in range(tl.program_id(0) * ROWS, tl.maximum(n, N), tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)
+        pair = row + offset
+        pair = tl.where((pair >= 0) & (pair < N), pair, row)
+        aa, bb, ab = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+        for start in range(0, D, 128):
+            d = start + tl.arange(0, 128)
+            inside = (d < D)[None, :]
+            a = tl.load(image + (row.to(tl.int64)[:, None] * D + d[None, :]), mask=(row < n)[:, None] & inside, other=0.0)
+            b = tl.load(text + (row.to(tl.int64)[:, None] * D + d[None, :]), mask=(row < N)[:, None] & inside, other=0.0)
+            c = tl.load(text + (pair.to(tl.int64)[:, None] * D + d[None, :]), mask=(pair < N)[:, None] & inside, other=0.0)
+            a, b, c = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32)
+            aa, bb, ab = aa + tl.sum(a * a, 1), bb + tl.sum(b * b, 1), ab + tl.sum(a * c, 1)
+        s = ab * factor
+        a_most = tl.maximum(a_most, tl.where(aa == aa, aa, 0.0))
+        b_most = tl.maximum(b_most, tl.where(bb == bb, bb, 0.0))
+        s_most = tl.maximum(s_most, tl.where((s == s) & (row < n) & (pair < N), s, float("-inf")))
+    marks += tl.program_id(0)
+    tl.store(marks, tl.max(a_most, 0))
+    tl.store(marks + SCANS, tl.max(b_most, 0))
+    tl.store(marks + 2 * SCANS, tl.max(s_most, 0))
 
 
 @triton.jit
-def _statistics(
-    image, text, scale, row_max, row_sum, diagonal, part_max, part_sum, n, N, offset,
+def _reference(scale, marks, scans, SCANS: tl.constexpr):
+    """The t of exp(s - t): the largest sample, near which exponents keep their digits, or 70 below the bound of all s.
+
+    So a sum of exponentials overflows beyond 6e7 of them, and one of k with its largest s above t - 70 + log k is exact.
+    """
+    k = tl.arange(0, SCANS)
+    a = tl.max(tl.load(marks + k, mask=k < scans, other=0.0), 0)
+    b = tl.max(tl.load(marks + SCANS + k, mask=k < scans, other=0.0), 0)
+    bound = tl.abs(tl.load(scale).to(tl.float32)) * tl.sqrt(a) * tl.sqrt(b)
+    return tl.maximum(tl.max(tl.load(marks + 2 * SCANS + k, mask=k < scans, other=float("-inf")), 0), bound - 70)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _sums(
+    image, text, scale, marks, scans, row_parts, col_parts, diagonal, level, n, N, start, height, width, offset,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    HOST: tl.constexpr, SCANS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Program p: rows of the blocks p, p + P, ..; their column statistics into part_max[p], part_sum[p] [N].
+    """Σ exp(s - t) without the pairs for the columns of block p from ``start`` on and ``height`` blocks of rows, part q of all.
 
-    The P programs walk the columns in step, so a tile of ``text`` comes from L2 for all but the first.
+    row_parts[p] [n] over these columns, col_parts[q] [width] over these rows; for rows whose pair is here s into diagonal [n]
+    and log2(exp(s - t)) into level [n].
     """
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    if not HOST:
+        image = tl.make_tensor_descriptor(image, [n, D], [D, 1], [BLOCK_M, BLOCK_D])
+        text = tl.make_tensor_descriptor(text, [N, D], [D, 1], [BLOCK_N, BLOCK_D])
     factor = tl.load(scale).to(tl.float32)
-    part_max += program.to(tl.int64) * N
-    part_sum += program.to(tl.int64) * N
-    left = image + program.to(tl.int64) * BLOCK_M * D
-    for block in range(program, tl.cdiv(n, BLOCK_M), programs):
-        row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        own = tl.zeros((BLOCK_M,), tl.float32)
-        i = tl.minimum(tl.arange(0, BLOCK_M), n - 1 - block * BLOCK_M)
-        right = text
-        for start in range(0, N, BLOCK_N):
-            column = start + tl.arange(0, BLOCK_N)
-            j = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - start)
-            s = _similarity(left, right, i, j, factor, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
-            # NaN wins every sum below, whatever the maxima do with it.
-            own += tl.sum(tl.where(row[:, None] + offset == column[None, :], s, 0.0), 1)
-            s = tl.where((row < n)[:, None] & (column < N)[None, :], s, float("-inf"))
-            top = tl.maximum(m, tl.max(s, 1))
-            total = total * tl.exp(m - top) + tl.sum(tl.exp(s - top[:, None]), 1)
-            m = top
-            seen = tl.load(part_max + column, mask=column < N, other=0.0)
-            seen_sum = tl.load(part_sum + column, mask=column < N, other=0.0)
-            peak = tl.maximum(seen, tl.max(s, 0))
-            seen_sum = seen_sum * tl.exp(seen - peak) + tl.sum(tl.exp(s - peak[None, :]), 0)
-            tl.store(part_max + column, peak, mask=column < N)
-            tl.store(part_sum + column, seen_sum, mask=column < N)
-            right += BLOCK_N * D
-        tl.store(row_max + row, m, mask=row < n)
-        tl.store(row_sum + row, total, mask=row < n)
-        tl.store(diagonal + row, own, mask=row < n)
-        left += programs.to(tl.int64) * BLOCK_M * D
-        tl.debug_barrier()  # the next block of rows reads the parts that other threads of this program have written
+    t = _reference(scale, marks, scans, SCANS) * _LOG2E
+    first = start + tl.program_id(0) * BLOCK_N
+    column = first + tl.arange(0, BLOCK_N)
+    row_parts += tl.program_id(0).to(tl.int64) * n
+    top = tl.program_id(1) * height * BLOCK_M
+    # Apart stay the rows that lie in other threads: WARPS of 16, of which a thread holds one in eight.
+    total = tl.zeros((WARPS, 8, BLOCK_N), tl.float32)
+    for r in tl.range(top, tl.minimum(top + height * BLOCK_M, n), BLOCK_M, flatten=True):
+        s = similarity(image, text, r, first, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
+        row = r + tl.arange(0, BLOCK_M)
+        ahead = r + offset - first
+        paired = (ahead < BLOCK_N) & (ahead + BLOCK_M > 0)
+        if paired:
+            own = tl.sum(tl.where(row[:, None] + offset == column[None, :], s, 0.0), 1)
+            here = (row < n) & (row + offset >= first) & (row + offset < tl.minimum(first + BLOCK_N, N))
+            tl.store(diagonal + row, own * factor, mask=here)
+            tl.store(level + row, own * (factor * _LOG2E) - t, mask=here)
+        e = tl.exp2(s * (factor * _LOG2E) - t)
+        if paired | (r + BLOCK_M > n) | (first + BLOCK_N > N):
+            counts = (row < n)[:, None] & (column < N)[None, :] & (row[:, None] + offset != column[None, :])
+            e = tl.where(counts, e, 0.0)
+        tl.store(row_parts + row, tl.sum(e, 1), mask=row < n)
+        total += tl.sum(tl.sum(tl.reshape(e, (BLOCK_M // (16 * WARPS), WARPS, 2, 8, BLOCK_N)), 2), 0)
+    col_parts += tl.program_id(1).to(tl.int64) * width + (column - start)
+    tl.store(col_parts, tl.sum(tl.sum(total, 0), 0), mask=column < N)
 
 
-@triton.jit
-def _merge(part_max, part_sum, col_max, col_sum, N, P, BLOCK: tl.constexpr):
-    """(maximum, sum) of each column over the P parts, in their order."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < N
-    m = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    place = column.to(tl.int64)
-    for _ in range(P):
-        other = tl.load(part_max + place, mask=inside, other=0.0)
-        top = tl.maximum(m, other)
-        total = total * tl.exp(m - top) + tl.load(part_sum + place, mask=inside, other=0.0) * tl.exp(other - top)
-        m = top
-        place += N
-    tl.store(col_max + column, m, mask=inside)
-    tl.store(col_sum + column, total, mask=inside)
-
-
-@triton.jit
-def _gradient(
-    a, b, scale, a_lse, b_lse, a_grad, b_grad, own, out, rows, columns, offset,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
-    PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=SIZES)
+def _finish(
+    a, b, scale, marks, scans, sums, diagonal, level, out_max, out_sum, rows, columns, offset,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    HOST: tl.constexpr, SCANS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out_i = Σ_j G_ij·b_j for one block of rows and one slice of D: with (a, b) = (image, text) dI, the other way round dT.
+    """(reference, sum of exponentials) of each row of a, or with COLUMNS of what was the column, from its sum without the pair.
 
-    G_ij = a_grad_i·exp(s_ij - a_lse_i) + b_grad_j·exp(s_ij - b_lse_j), and own_i where j = i + offset.
+    The reference is the pair's own s, so that a small loss keeps its digits, but where the rest exceeds it by e⁶⁰. Blocks with
+    a sum so small that t may have cost it terms are summed again, with the pair left out, by each row's own maximum.
     """
-    first = tl.program_id(1) * BLOCK_M
+    if not HOST:
+        a = tl.make_tensor_descriptor(a, [rows, D], [D, 1], [BLOCK_M, BLOCK_D])
+        b = tl.make_tensor_descriptor(b, [columns, D], [D, 1], [BLOCK_N, BLOCK_D])
+    first = tl.program_id(0) * BLOCK_M
     row = first + tl.arange(0, BLOCK_M)
-    d = tl.program_id(0) * SLICE + tl.arange(0, SLICE)
-    factor = tl.load(scale).to(tl.float32)
-    i = tl.minimum(tl.arange(0, BLOCK_M), rows - 1 - first)
-    lse, grad, diagonal = tl.load(a_lse + first + i), tl.load(a_grad + first + i), tl.load(own + first + i)
-    left, right = a + first.to(tl.int64) * D, b
-    total = tl.zeros((BLOCK_M, SLICE), tl.float32)
-    for start in range(0, columns, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        inside = column < columns
-        j = tl.minimum(tl.arange(0, BLOCK_N), columns - 1 - start)
-        s = _similarity(left, right, i, j, factor, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
-        g = grad[:, None] * tl.exp(s - lse[:, None])
-        g += tl.load(b_grad + start + j)[None, :] * tl.exp(s - tl.load(b_lse + start + j)[None, :])
-        g = tl.where(row[:, None] + offset == column[None, :], diagonal[:, None], g)
-        g = tl.where(inside[None, :], g, 0.0)
-        place = right + (j[:, None] * D + d[None, :])
-        y = tl.load(place) if D % SLICE == 0 else tl.load(place, mask=d[None, :] < D, other=0.0)
-        total = tl.dot(g.to(y.dtype), y, total, input_precision=PRECISION)
-        right += BLOCK_N * D
-    place = out + row.to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(place, total, mask=(row < rows)[:, None] & (d < D)[None, :])
+    pair = row + offset
+    paired = (row < rows) & (pair >= 0) & (pair < columns)
+    image_row = pair if COLUMNS else row
+    own = tl.load(diagonal + image_row, mask=paired, other=0.0)
+    above = tl.load(level + image_row, mask=paired, other=0.0)
+    total = tl.load(sums + row, mask=row < rows, other=1e30)
+    t = tl.full((BLOCK_M,), 0.0, tl.float32) + _reference(scale, marks, scans, SCANS)
+    # What exp(s - t) < 1.2e-38 = 2⁻¹²⁶ has lost is then less than 2⁻²⁴ of the sum.
+    if tl.max((total < columns * 2.0**-102).to(tl.int32), 0) > 0:
+        factor = tl.load(scale).to(tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        t = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        for start in range(0, columns, BLOCK_N):
+            s = similarity(a, b, first, start, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION) * factor
+            column = start + tl.arange(0, BLOCK_N)
+            s = tl.where((column < columns)[None, :] & (column[None, :] != pair[:, None]), s, float("-inf"))
+            peak = tl.maximum(t, tl.max(s, 1))
+            base = tl.where(peak == float("-inf"), 0.0, peak)
+            total = total * tl.exp2((t - base) * _LOG2E) + tl.sum(tl.exp2((s - base[:, None]) * _LOG2E), 1)
+            t = peak
+        t = tl.where(t == float("-inf"), 0.0, t)
+        above = (own - t) * _LOG2E
+    rest = tl.where(total == 0, 0.0, total * tl.exp2(-above))
+    near = paired & ~(rest > 2.0**86)
+    tl.store(out_max + row, tl.where(near, own, t), mask=row < rows)
+    tl.store(out_sum + row, tl.where(near, 1 + rest, tl.where(paired, total + tl.exp2(above), total)), mask=row < rows)
 
 
-def _tiles(dtype: torch.dtype, D: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Constants and launch options of ``_statistics`` and of ``_gradient``.
+@triton.jit(do_not_specialize=SIZES)
+def _weights(
+    row_low, row_high, col_low, row_lse, col_lse, row_grad, col_grad, alpha, beta, shift, n, N, BLOCK: tl.constexpr
+):  # fmt: skip
+    """alpha_i = row_grad_i·exp(t - row_lse_i) and beta_j likewise, 0 beyond their ends; shift = t.
 
-    16 bit, 256 threads: a 64 × 256 tile of s takes 64 registers a thread in fp32 and three stages of its operands 120 KB
-    (128 × 128 spills on sm_100). The gradient holds 64 × 512 in 128 registers, and recomputes s once for every further 512
-    of D; two stages, as 512 columns of ``y`` take 64 KB beside them.
-    Fp32 multiplies outside the tensor cores, from registers: smaller tiles throughout.
+    G_ij = exp(s_ij - t)·(alpha_i + beta_j): one exponential serves both softmaxes while no s, which is at most its row's lse,
+    exceeds t by more than 80 and t no lse by more than 70. Where the lse spread further, shift is NaN.
     """
-    narrow = dtype != torch.float32
-    chunk = min(64 if narrow else 32, max(16, triton.next_power_of_2(D)))
-    width = min(512 if narrow else 128, max(16, triton.next_power_of_2(D)))
-    if narrow:
-        options = dict(BLOCK_M=64, BLOCK_D=chunk, PRECISION="ieee", num_warps=8)
-        return dict(BLOCK_N=256, num_stages=3, **options), dict(BLOCK_N=64, SLICE=width, num_stages=2, **options)
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    options = dict(BLOCK_D=chunk, PRECISION=precision, num_warps=4, num_stages=2)
-    return dict(BLOCK_M=64, BLOCK_N=64, **options), dict(BLOCK_M=32, BLOCK_N=32, SLICE=width, **options)
+    high, low = tl.load(row_high), tl.minimum(tl.load(row_low), tl.load(col_low))
+    t = tl.maximum(high - 80, tl.minimum(high, low + 70))
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    lse, grad = tl.load(row_lse + k, mask=k < n, other=0.0), tl.load(row_grad + k, mask=k < n, other=0.0)
+    tl.store(alpha + k, tl.where(k < n, grad * tl.exp2((t - lse) * _LOG2E), 0.0))
+    lse, grad = tl.load(col_lse + k, mask=k < N, other=0.0), tl.load(col_grad + k, mask=k < N, other=0.0)
+    tl.store(beta + k, tl.where(k < N, grad * tl.exp2((t - lse) * _LOG2E), 0.0))
+    tl.store(shift, tl.where(high - low <= 150, t, float("nan")))
 
 
-def compiled() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
-    """(name, kernel, signature, constants, num_warps, num_stages) of the variants that bench/compiled.py builds."""
+@triton.jit(do_not_specialize=SIZES)
+def _gradient(
+    image, text, G, scale, shift, row_lse, col_lse, row_weight, col_weight, own, n, N, first, start, rows, columns, width,
+    offset, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    HOST: tl.constexpr, BAND: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """G of the rows from ``first`` and the columns from ``start`` on, as many as ``rows`` and ``columns``, and own_i at pairs.
+
+    The weights are alpha and beta of ``_weights``; EXACT, they are the upstream gradients, with an exponential for each
+    softmax. Both kernels are launched, as only the GPU knows ``shift``; one of them returns at once.
+    """
+    t = tl.load(shift)
+    if (t == t) == EXACT:
+        return
+    if not HOST:
+        image = tl.make_tensor_descriptor(image, [n, D], [D, 1], [BLOCK_M, BLOCK_D])
+        text = tl.make_tensor_descriptor(text, [N, D], [D, 1], [BLOCK_N, BLOCK_D])
+        down, across = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+        G = tl.make_tensor_descriptor(G, [down * BLOCK_M, width], [width, 1], [BLOCK_M, BLOCK_N])
+    t *= _LOG2E
+    factor = tl.load(scale).to(tl.float32) * _LOG2E
+    down, across = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
+        r, c = place(tile, down, across, BAND)
+        r *= BLOCK_M
+        c *= BLOCK_N
+        s = similarity(image, text, first + r, start + c, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
+        row = first + r + tl.arange(0, BLOCK_M)
+        column = start + c + tl.arange(0, BLOCK_N)
+        if EXACT:
+            a, b = tl.load(row_weight + row, mask=row < n, other=0.0), tl.load(col_weight + column, mask=column < N, other=0.0)
+            u = tl.load(row_lse + row, mask=row < n, other=0.0) * _LOG2E
+            v = tl.load(col_lse + column, mask=column < N, other=0.0) * _LOG2E
+            s *= factor
+            g = a[:, None] * tl.exp2(s - u[:, None]) + b[None, :] * tl.exp2(s - v[None, :])
+        else:
+            a, b = tl.load(row_weight + row), tl.load(col_weight + column)
+            g = tl.exp2(s * factor - t) * (a[:, None] + b[None, :])
+        ahead = first + r + offset - start - c
+        if (ahead < BLOCK_N) & (ahead + BLOCK_M > 0):
+            here = row[:, None] + offset == column[None, :]
+            g = tl.where(here, tl.load(own + row, mask=row < n, other=0.0)[:, None], g)
+        G.store([r, c], g.to(G.dtype))
+
+
+def compiled(capability: int = 80) -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+    """(name, kernel, signature, constants, num_warps, num_stages) of the variants that bench/compiled.py builds.
+
+    Those that GPUs of this compute capability run; what 8.0 runs compiles for all.
+    """
     variants = []
-    for dtype, D in ((torch.bfloat16, 512), (torch.bfloat16, 768), (torch.float32, 512)):
-        feature = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
-        for kernel, tiles in zip((_statistics, _gradient), _tiles(dtype, D), strict=True):
-            constants: dict[str, Any] = dict(tiles, D=D)
-            warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
-            types = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys(("image", "text", "a", "b"), feature)
-            types |= dict.fromkeys(("n", "N", "rows", "columns", "offset"), "i32") | dict.fromkeys(constants, "constexpr")
-            signature = {name: types[name] for name in kernel.arg_names}
-            variants.append((f"{kernel.__name__} {feature[1:]} D{D}", kernel, signature, constants, warps, stages))
-    merge = dict(part_max="*fp32", part_sum="*fp32", col_max="*fp32", col_sum="*fp32", N="i32", P="i32", BLOCK="constexpr")
-    return [*variants, ("_merge", _merge, merge, dict(BLOCK=128), 4, 1)]
+    for dtype, D, many in (
+        (torch.bfloat16, 512, True), (torch.bfloat16, 768, True), (torch.bfloat16, 512, False), (torch.float32, 512, True),
+    ):  # fmt: skip
+        feature = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+        for kernel, extra in (
+            (_sums, dict(SCANS=SCANS)), (_finish, dict(SCANS=SCANS, COLUMNS=True)), (_gradient, dict(BAND=BAND, EXACT=False)),
+            (_gradient, dict(BAND=BAND, EXACT=True)),
+        ):  # fmt: skip
+            shape = tiles(kernel.__name__[1:], dtype, D, capability, many)
+            values, warps, stages = constants(shape)
+            values |= extra | (dict(WARPS=_warps(shape)) if kernel is _sums else {})
+            types = signature(kernel, feature, shape) | dict.fromkeys(values, "constexpr")
+            name = f"{kernel.__name__}{' exact' if extra.get('EXACT') else ''} {feature} D{D}{'' if many else ' few'}"
+            variants.append((name, kernel, types, values, warps, stages))
+    for kernel, values in ((_scan, dict(D=768, SCANS=SCANS, ROWS=16)), (_weights, dict(BLOCK=1024))):
+        types = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys(("n", "N", "offset"), "i32")
+        types |= dict.fromkeys(("image", "text"), "*bf16") if kernel is _scan else {}
+        types = {name: types[name] for name in kernel.arg_names} | dict.fromkeys(values, "constexpr")
+        variants.append((kernel.__name__, kernel, types, values, 4, 1))
+    return variants
 
 
 def supports(image: Tensor, text: Tensor, *rest: Any) -> str | None:
@@ -175,51 +278,104 @@ def supports(image: Tensor, text: Tensor, *rest: Any) -> str | None:
     return None if image.numel() and text.numel() else "expected at least one row and one column"
 
 
+def _warps(shape: dict[str, Any]) -> int:
+    return min(shape["num_warps"], shape["BLOCK_M"] // 16)
+
+
+@functools.cache
+def _shares(down: int, across: int, processors: int) -> tuple[int, int]:
+    """(columns of blocks a launch, parts of their rows): every program has one column and a part of the rows.
+
+    A launch takes at most one column a processor, as each leaves its sums for all rows: 4·132 bytes a row, less than its
+    features. With fewer columns the rows are parted for the shortest time, in tiles, and a tenth for each start.
+    """
+    across = triton.cdiv(across, triton.cdiv(across, processors))
+
+    def time(parts: int) -> float:
+        return triton.cdiv(across * parts, processors) * (triton.cdiv(down, parts) + 0.1)
+
+    return across, min(range(1, min(down, processors) + 1), key=time)
+
+
 def forward(image: Tensor, text: Tensor, scale: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    image, text = image.contiguous(), text.contiguous()
-    (n, D), N = image.shape, len(text)
-    row_max, row_sum, diagonal = (image.new_empty(n, dtype=torch.float32) for _ in range(3))
-    col_max, col_sum = (image.new_empty(N, dtype=torch.float32) for _ in range(2))
-    tiles, _ = _tiles(image.dtype, D)
-    # The parts of the columns take 8·N bytes a program: O(N) for a fixed number of programs, two to an SM.
-    sms = torch.cuda.get_device_properties(image.device).multi_processor_count if image.is_cuda else 1
-    programs = min(triton.cdiv(n, tiles["BLOCK_M"]), 2 * sms)
-    part_max = image.new_full((programs, N), -torch.inf, dtype=torch.float32)
-    part_sum = torch.zeros_like(part_max)
-    _statistics[(programs,)](
-        image, text, scale, row_max, row_sum, diagonal, part_max, part_sum, n, N, offset, D=D, **tiles
-    )  # fmt: skip
-    _merge[(triton.cdiv(N, 128),)](part_max, part_sum, col_max, col_sum, N, programs, BLOCK=128)
+    (n, _), N = image.shape, len(text)
+    offset = max(-n, min(offset, N))  # beyond these no row has its pair, and more would not fit 32 bits
+    shape, small = fitting("sums", image, text), fitting("finish", image, text)
+    image, text = operand(image, shape), operand(text, shape)
+    M, width, K = shape["BLOCK_M"], shape["BLOCK_N"], shape["BLOCK_D"]
+    down = triton.cdiv(n, M)
+    across, parts = _shares(down, triton.cdiv(N, width), chip(image.device)[0])
+    row_max, row_sum, level = (image.new_empty(n, dtype=torch.float32) for _ in range(3))
+    row_total, diagonal = (image.new_zeros(n, dtype=torch.float32) for _ in range(2))
+    col_max, col_sum, col_total = (image.new_empty(N, dtype=torch.float32) for _ in range(3))
+    marks, scans = image.new_empty(3, SCANS, dtype=torch.float32), min(SCANS, triton.cdiv(max(n, N), 16))
+    a, b = described(image, M, K, shape), described(text, width, K, shape)
+    with torch.cuda.device_of(image):
+        _scan[(scans,)](image, text, scale, marks, n, N, offset, D=shape["D"], SCANS=SCANS, ROWS=16)
+        for start in range(0, N, across * width):
+            columns = min(across * width, N - start)
+            row_parts = image.new_empty(triton.cdiv(columns, width), n, dtype=torch.float32)
+            col_parts = image.new_empty(parts, columns, dtype=torch.float32)
+            _sums[(len(row_parts), parts)](
+                a, b, scale, marks, scans, row_parts, col_parts, diagonal, level, n, N, start, triton.cdiv(down, parts),
+                columns, offset, SCANS=SCANS, WARPS=_warps(shape), **shape,
+            )  # fmt: skip
+            row_total += row_parts.sum(0)
+            torch.sum(col_parts, 0, out=col_total[start : start + columns])
+        M, width = small["BLOCK_M"], small["BLOCK_N"]
+        for of_columns, x, y, out, shift in (
+            (False, image, text, (row_total, diagonal, level, row_max, row_sum), offset),
+            (True, text, image, (col_total, diagonal, level, col_max, col_sum), -offset),
+        ):
+            _finish[(triton.cdiv(len(x), M),)](
+                described(x, M, K, small), described(y, width, K, small), scale, marks, scans, *out, len(x), len(y), shift,
+                SCANS=SCANS, COLUMNS=of_columns, **small,
+            )  # fmt: skip
     return row_max, row_sum, col_max, col_sum, diagonal
 
 
 def backward(
-    image: Tensor, text: Tensor, scale: Tensor, offset: int, row_lse: Tensor, col_lse: Tensor, row_nll: Tensor, col_nll: Tensor,
-    row_grad: Tensor, col_grad: Tensor, want_image: bool, want_text: bool,
+    image: Tensor, text: Tensor, scale: Tensor, offset: int, row_lse: Tensor, col_lse: Tensor, row_grad: Tensor,
+    col_grad: Tensor, diagonal_grad: Tensor, want_image: bool, want_text: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    image, text = image.contiguous(), text.contiguous()
     (n, D), N = image.shape, len(text)
-    # In fp16 a mean's gradients, 1/N and less, would be subnormal: let the largest be 4,096 inside the kernels.
-    unit = torch.ones_like(row_lse[:1])
-    if image.dtype == torch.float16:
-        unit = torch.maximum(row_grad.abs().amax(), col_grad.abs().amax()).clamp_min(1e-30) / 4096
-    row_grad, col_grad = (row_grad / unit).contiguous(), (col_grad / unit).contiguous()
-    own = slice(offset, offset + n)
-    diagonal = row_grad * torch.expm1(-row_nll) + col_grad[own] * torch.expm1(-col_nll[own])  # p - 1 would cancel near 1
-    col_diagonal = torch.zeros_like(col_grad)
-    col_diagonal[own] = diagonal
-    _, tiles = _tiles(image.dtype, D)
-    slices = triton.cdiv(D, tiles["SLICE"])
+    offset = max(-n, min(offset, N))
     image_grad = image.new_empty(n if want_image else 0, D, dtype=torch.float32)
     text_grad = image.new_empty(N if want_text else 0, D, dtype=torch.float32)
-    if want_image:
-        _gradient[(slices, triton.cdiv(n, tiles["BLOCK_M"]))](
-            image, text, scale, row_lse, col_lse, row_grad, col_grad, diagonal, image_grad, n, N, offset, D=D, **tiles
+    shape = fitting("gradient", image, text)
+    image, text = operand(image, shape), operand(text, shape)
+    vectors = [row_lse, col_lse, row_grad, col_grad, diagonal_grad]
+    unit = None
+    if image.dtype == torch.float16:  # a mean's gradients, 1/N and less, would be subnormal: let the largest be 4,096
+        unit = torch.maximum(row_grad.abs().amax(), col_grad.abs().amax()).clamp_min(1e-30) / 4096
+        vectors[2:] = [x / unit for x in vectors[2:]]
+    row_lse, col_lse, row_grad, col_grad, diagonal_grad = (x.contiguous() for x in vectors)
+    alpha, beta = image.new_empty(2, triton.cdiv(max(n, N), 1024) * 1024, dtype=torch.float32)
+    shift = torch.empty_like(row_lse[:1])
+    M, width, K = shape["BLOCK_M"], shape["BLOCK_N"], shape["BLOCK_D"]
+    a, b = described(image, M, K, shape), described(text, width, K, shape)
+    rows, columns = next(blocks(n, N, image.itemsize))
+    G = image.new_empty(triton.cdiv(rows.stop, M) * M, triton.cdiv(columns.stop, width) * width)
+    out = described(G, M, width, shape)
+    with torch.cuda.device_of(image):
+        (row_low, row_high), col_low = torch.aminmax(row_lse), col_lse.amin()
+        _weights[(len(alpha) // 1024,)](
+            row_low, row_high, col_low, row_lse, col_lse, row_grad, col_grad, alpha, beta, shift, n, N, BLOCK=1024
         )  # fmt: skip
+        for rows, columns in blocks(n, N, image.itemsize):
+            down, across = rows.stop - rows.start, columns.stop - columns.start
+            programs = min(triton.cdiv(down, M) * triton.cdiv(across, width), chip(image.device)[0])
+            for exact, weights in ((False, (alpha, beta)), (True, (row_grad, col_grad))):
+                _gradient[(programs,)](
+                    a, b, out, scale, shift, row_lse, col_lse, *weights, diagonal_grad, n, N, rows.start, columns.start, down,
+                    across, G.shape[1], offset, BAND=BAND, EXACT=exact, **shape,
+                )  # fmt: skip
+            g = G[:down, :across]
+            if want_image:
+                add_product(image_grad[rows], g, text[columns, :D], first=columns.start == 0)
+            if want_text:
+                add_product(text_grad[columns], g.T, image[rows, :D], first=rows.start == 0)
+    if unit is not None:
         image_grad *= unit
-    if want_text:
-        _gradient[(slices, triton.cdiv(N, tiles["BLOCK_M"]))](
-            text, image, scale, col_lse, row_lse, col_grad, row_grad, col_diagonal, text_grad, N, n, -offset, D=D, **tiles
-        )  # fmt: skip
         text_grad *= unit
     return image_grad, text_grad

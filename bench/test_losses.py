@@ -1,0 +1,159 @@
+"""The contrastive losses, forward and backward, against every other way to compute them: time, memory, growth with N."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import open_clip.loss as open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bench.measure import peak_memory
+from clipfast.loss import clip_loss, siglip_loss
+
+GPU = torch.cuda.is_available()
+DEVICE, DTYPE, D = ("cuda", torch.bfloat16, 768) if GPU else ("cpu", torch.float32, 512)
+SIZES = [4096, 65536] if GPU else [1024, 4096, 8192]
+MORE = [16384, 131072] if GPU else [16384]  # with --full
+GROWTH = [4096 << k for k in range(6)] if GPU else [1024 << k for k in range(4)]
+MORE_GROWTH = [262144, 524288, 1048576] if GPU else [16384, 32768, 65536]
+CHUNK = 1024
+Loss = Callable[..., Tensor]
+
+
+def features(N: int) -> tuple[Tensor, ...]:
+    """Features of pairs as a half-trained model has them, a scale and a bias, all of which learn."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    image, text = (torch.randn(N, D, generator=generator, device=DEVICE) for _ in range(2))
+    rows = F.normalize(image, dim=1), F.normalize(text + 0.1 * image, dim=1)
+    scalars = torch.tensor(20.0, device=DEVICE), torch.tensor(-10.0, device=DEVICE)
+    return tuple(x.requires_grad_() for x in (*(x.to(DTYPE) for x in rows), *scalars))
+
+
+def chunked_clip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Cross-entropy in blocks of rows, the logits made again for backward: what a careful user of plain PyTorch writes."""
+
+    def direction(rows: Tensor, columns: Tensor) -> Tensor:
+        def block(part: Tensor, start: int) -> Tensor:
+            target = torch.arange(start, start + len(part), device=part.device)
+            return F.cross_entropy((scale * part @ columns.T).float(), target, reduction="sum")
+
+        parts: Any = enumerate(rows.split(CHUNK))
+        return sum(checkpoint(block, part, k * CHUNK, use_reentrant=False) for k, part in parts) / len(rows)
+
+    return (direction(image, text) + direction(text, image)) / 2
+
+
+def chunked_siglip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    def block(part: Tensor, start: int) -> Tensor:
+        logits = (scale * part @ text.T + bias).float()
+        signs = torch.full_like(logits, -1.0)
+        signs.diagonal(start).fill_(1.0)
+        return -F.logsigmoid(signs * logits).sum()
+
+    parts: Any = enumerate(image.split(CHUNK))
+    return sum(checkpoint(block, part, k * CHUNK, use_reentrant=False) for k, part in parts) / len(image)
+
+
+def inf_cl() -> Loss | str:
+    """Inf-CL, of both directions."""
+    try:
+        from inf_cl import cal_flash_loss
+    except ImportError as error:
+        return f"{error}"
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return (cal_flash_loss(image, text, scale=scale).mean() + cal_flash_loss(text, image, scale=scale).mean()) / 2
+
+    return loss if GPU else "inf-cl runs on CUDA only"
+
+
+def siglip_kernel() -> Loss | str:
+    """siglip-kernel with the backend that it chooses itself."""
+    try:
+        from siglip_kernel import fused_siglip_loss
+    except ImportError as error:
+        return f"{error}"
+    return (lambda i, t, s, b: fused_siglip_loss(i, t, s.log(), b)) if GPU else "siglip-kernel runs on CUDA only"
+
+
+def contenders(name: str, N: int, compiled: bool) -> dict[str, Loss | str]:
+    """Ours first. Eager is open_clip's module, its logits in the type of the features, as under autocast."""
+    need, free = 16 * N * N, torch.cuda.mem_get_info()[0] if GPU else 20 << 30
+    too_much = f"about {need / 1e9:,.0f} GB for its logits" if need > free else None
+    if name == "clip":
+        module, rivals = open_clip.ClipLoss(), {"chunked": chunked_clip, "inf-cl": inf_cl()}
+        ours: Loss = lambda i, t, s, b: clip_loss(i, t, s)  # noqa: E731
+        eager: Loss = lambda i, t, s, b: module(i, t, s)  # noqa: E731
+    else:
+        module, rivals = open_clip.SigLipLoss(), {"chunked": chunked_siglip, "siglip-kernel": siglip_kernel()}
+        ours, eager = siglip_loss, module
+    found: dict[str, Loss | str] = {"ours": ours, "open_clip": too_much or eager}
+    if compiled:
+        found["compiled open_clip"] = too_much or torch.compile(eager)
+    return found | rivals
+
+
+def forward_backward(loss: Loss, given: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    """A call of the loss and of its backward; returns the loss."""
+
+    def run() -> Tensor:
+        value = loss(*given)
+        torch.autograd.grad(value, given, allow_unused=True)
+        return value.detach()
+
+    return run
+
+
+@pytest.mark.parametrize("N", [*SIZES, *(pytest.param(N, marks=pytest.mark.full) for N in MORE)])
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_loss(compare, name: str, N: int) -> None:
+    given = features(N)
+    # Compiling takes longer than all else on a CPU: once, where the logits are neither small nor too large for it.
+    runs = {
+        k: v if isinstance(v, str) else forward_backward(v, given) for k, v in contenders(name, N, GPU or N == 4096).items()
+    }
+    ours, tolerance = runs.pop("ours"), 2e-2 if GPU else 1e-5
+    for rival in runs.values():
+        if not isinstance(rival, str):
+            torch.testing.assert_close(ours().float(), rival().float(), rtol=tolerance, atol=1e-4)
+    compare(ours, runs, rounds=11 if GPU else max(3, min(21, (1 << 28) // (N * N))), items=N, N=N, D=D)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_growth(compare, request: pytest.FixtureRequest, name: str) -> None:
+    """Time and memory of all at every N that they can do, and the exponents of ours from 4,096 on: N² and N are the law."""
+    sizes = GROWTH + (MORE_GROWTH if request.config.getoption("--full") else [])
+    series: dict[str, list[dict[str, Any]]] = {}
+    for N in sizes:
+        given = features(N)
+        for contender, loss in contenders(name, N, False).items():
+            last = series.setdefault(contender, [])
+            # What takes minutes is left out, rivals earlier: each doubling takes four times as long.
+            if isinstance(loss, str) or (contender != "ours" and last and last[-1]["ms"] > 2500) or len(last) < sizes.index(N):
+                continue
+            run, times = forward_backward(loss, given), []
+            memory = peak_memory(run)
+            for _ in range(3 if N <= 16384 or GPU else 1):
+                start = perf_counter()
+                float(run())  # waits for the device
+                times.append(perf_counter() - start)
+            last.append(dict(N=N, ms=1e3 * median(times), bytes=memory))
+    own = [point for point in series["ours"] if point["N"] >= 4096]
+    exponents = {what: exponent(own, what) for what in ("ms", "bytes")}
+    first = forward_backward(contenders(name, sizes[0], False)["ours"], features(sizes[0]))  # type: ignore[arg-type]
+    compare(first, {}, rounds=3, D=D, series=series, exponents=exponents)
+
+
+def exponent(points: list[dict[str, Any]], what: str) -> float:
+    """The slope of the least-squares line through log(what) against log(N)."""
+    x, y = ([math.log(p[k] or math.nan) for p in points] for k in ("N", what))
+    centre = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - centre[0]) * (b - centre[1]) for a, b in zip(x, y, strict=True)) / sum((a - centre[0]) ** 2 for a in x)

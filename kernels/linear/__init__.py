@@ -1,0 +1,75 @@
+"""A Linear whose three products take the faster of the machine's two libraries."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipfast.kernels import dispatch
+from clipfast.kernels.linear import onednn
+
+_BACKWARD = "(Tensor dy, Tensor? x, Tensor? weight, bool bias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x·Wᵀ + b.
+
+    ``F.linear``, the vendor's product, unless oneDNN is faster: fp32 on a CPU where MKL does not use AVX-512. Autocast holds.
+
+    Args:
+        x: [..., C_in], any strides.
+        weight: [C_out, C_in], any strides; bias: [C_out] or None.
+
+    Returns:
+        [..., C_out] in the dtype of ``x``.
+    """
+    return F.linear(x, weight, bias) if _vendors(x, weight) else torch.ops.clipfast.linear(x, weight, bias)
+
+
+def _vendors(x: Tensor, weight: Tensor) -> bool:
+    """Whether F.linear itself is the choice: decided before an operator is called, which would cost more than it chooses."""
+    forced = dispatch.forced()
+    if forced:
+        return forced not in ("onednn", "torch")  # no other backend has a product of its own
+    return (
+        onednn.LACKS is not None
+        or x.dtype != torch.float32
+        or weight.dtype != torch.float32
+        or x.device.type != "cpu"
+        or x.shape[:-1].numel() * weight.numel() < onednn.LEAST
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
+def _fake(x, weight, bias):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_backward(dy, x, weight, bias):
+    return (
+        dy.new_empty(0) if weight is None else dy.new_empty((*dy.shape[:-1], weight.shape[1])),
+        dy.new_empty(0) if x is None else dy.new_empty((dy.shape[-1], x.shape[-1])),
+        dy.new_empty(dy.shape[-1] if bias else 0),
+    )
+
+
+def _setup(ctx, inputs, output):
+    x, weight, _ = inputs
+    need = ctx.needs_input_grad
+    ctx.save_for_backward(x if need[1] else None, weight if need[0] else None)
+
+
+def _backward(ctx, dy):
+    need = ctx.needs_input_grad
+    grads = torch.ops.clipfast.linear_backward(dy, *ctx.saved_tensors, need[2])
+    return tuple(grad if wanted else None for grad, wanted in zip(grads, need, strict=True))
+
+
+OP = dispatch.Op(
+    __name__,
+    forward=("(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _fake),
+    backward=(_BACKWARD, _fake_backward),
+    compiled={},
+)
+torch.library.register_autograd("clipfast::linear", _backward, setup_context=_setup, lib=dispatch.LIBRARY)

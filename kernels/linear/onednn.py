@@ -1,0 +1,88 @@
+"""The three products of a Linear by oneDNN, which torch carries for convolutions and for torch.compile's Linears."""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipfast.kernels import dispatch
+from clipfast.kernels.linear import spec
+
+# On AMD, MKL (what torch multiplies fp32 matrices with) takes its AVX2 path, oneDNN its AVX-512 path: 117 and 250 GFLOP/s a
+# core forward, 115 and 180 to 260 backward on an EPYC of Zen 5 at the towers' shapes (bench/test_kernels.py, "linear"). On Intel
+# both take AVX-512; before Zen 5 (family 26) AMD's AVX-512 multiplies no faster than AVX2.
+_FIRST_FAMILY = 26
+# Below 2^23 multiply-adds what a Python operator costs beside F.linear, 20 µs forward and 60 backward, is more than it saves.
+LEAST = 1 << 23
+
+
+def _lacks() -> str | None:
+    """Why this machine's product is F.linear's, so that oneDNN runs on request alone; or None."""
+    if not torch.backends.mkl.is_available():
+        return "this torch multiplies without MKL, whose AVX2 path on AMD it would replace"
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return f"F.linear is as fast on a processor without AVX-512, got {torch.backends.cpu.get_cpu_capability()}"
+    vendor, family = _processor()
+    if vendor != "AuthenticAMD" or family < _FIRST_FAMILY:
+        return f"F.linear is as fast but on AMD from family {_FIRST_FAMILY} (Zen 5) on, got {vendor}, family {family}"
+    return _absent()
+
+
+def _absent() -> str | None:
+    """Why oneDNN cannot run at all, or None."""
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return None
+    return "this torch is built without oneDNN"
+
+
+def _processor() -> tuple[str, int]:
+    """Vendor and family as the CPUID instruction gives them; ("unknown", 0) where the system does not tell."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else platform.processor()  # on Windows "AMD64 Family 26 Model 2 …, AuthenticAMD"
+    vendor, family = re.search(r"AuthenticAMD|GenuineIntel", text), re.search(r"[Ff]amily\s*:?\s*(\d+)", text)
+    return vendor[0] if vendor else "unknown", int(family[1]) if family else 0
+
+
+LACKS = _lacks()
+
+
+def supports(*args: Any) -> str | None:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if reason := _absent() if dispatch.forced() else LACKS:
+        return reason
+    if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors):
+        return f"expected float32 on the CPU, got {', '.join(sorted({f'{t.dtype} on {t.device}' for t in tensors}))}"
+    return None
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a·bᵀ + bias. oneDNN packs b itself, from rows or from columns; rows or columns further apart it would read one by one."""
+    b = b if b.is_contiguous() or b.T.is_contiguous() else b.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.numel() == 0:
+        return spec.forward(x, weight, bias)
+    return _product(x, weight, bias)
+
+
+def backward(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (given the weight), of the weight (given x) and of the bias; empty where not asked for."""
+    if dy.numel() == 0:
+        return spec.backward(dy, x, weight, bias)
+    rows = dy.flatten(0, -2)
+    dx = dweight = dy.new_empty(0)
+    if weight is not None:
+        dx = _product(rows, weight.T).view(*dy.shape[:-1], weight.shape[1])
+    if x is not None:
+        tokens = x.flatten(0, -2)
+        # The left operand is copied into rows: the narrower one stands there.
+        narrow = rows.shape[1] <= tokens.shape[1]
+        dweight = _product(rows.T, tokens.T) if narrow else _product(tokens.T, rows.T).T.contiguous()
+    return dx, dweight, rows.sum(0) if bias else dy.new_empty(0)

@@ -1,13 +1,15 @@
 # make demo   set up, prepare real image-text pairs, train a small CLIP on them, evaluate it, write demo/out/report.html
 # make test   set up, check style and types, run every test
-# make bench  set up, run the benchmarks, write bench/results/ and the README's tables from them
+# make bench  (or cpu-check) set up, test the CPU's kernels, run the benchmarks, write bench/results/ and the README's tables
+# make gpu-check OUT=dir  with an NVIDIA GPU and no network: build for PYTHON, which has torch and Triton, run the GPU's tests and
+#             benchmarks, write one record into OUT within 9 minutes; commit it under bench/results/ and run python -m bench.record
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard kernels/*.h kernels/*.cuh kernels/*/*.cpp kernels/*/*.cu)
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test lint bench cpu-check gpu-check setup clean
 setup: $(VENV)/.built
 
 demo: setup
@@ -21,10 +23,21 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy clipfast
 
-bench: setup
-	$(PY) -m pytest bench --benchmark-only --record bench/results/cpu.json
+bench: cpu-check
+
+cpu-check: OUT = build/cpu-check
+cpu-check: setup
+	$(PY) -m bench.run cpu $(OUT)
+	cp $(OUT)/cpu.json bench/results/
 	test ! -f demo/out/results.json || cp demo/out/results.json bench/results/demo.json
 	$(PY) -m bench.record
+
+# Nothing is fetched and no environment made: the packages that it needs are those of PYTHON.
+gpu-check:
+	@test -n "$(OUT)" || { echo "gpu-check: expected OUT=dir, the folder for the record" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "gpu-check: torch " + torch.__version__ + " finds no GPU")'
+	CLIPFAST_CUDA=on timeout 180 $(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
+	$(PYTHON) -m bench.run cuda $(OUT)
 
 clean:
 	rm -rf build clipfast/_C_*.so *.egg-info $(VENV)/.built

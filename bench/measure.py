@@ -16,6 +16,7 @@ import torch
 
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 SHORT = 2e-3  # seconds: below it the launches of a step weigh, and a GPU's calls are timed as captured graphs
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -48,11 +49,17 @@ def peak_memory(call: Callable[[], Any]) -> int | None:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)  # glibc's
+    libc = ctypes.CDLL(None)
+    mallopt, trim = (getattr(libc, name, lambda *_: None) for name in ("mallopt", "malloc_trim"))  # glibc's
+    mallopt(_MMAP_THRESHOLD, 1 << 20)  # larger blocks come from the system and go back: no gaps in the heap are counted
+    trim(0)
     _CLEAR.write_text("5")  # the peak is now what is resident
     before = _resident("VmHWM")
     call()
-    return _resident("VmHWM") - before
+    peak = _resident("VmHWM") - before
+    mallopt(_MMAP_THRESHOLD, 32 << 20)  # where glibc's own adjustment ends after a few large blocks, and with it
+    mallopt(_TRIM_THRESHOLD, 64 << 20)
+    return peak
 
 
 def _resident(what: str) -> int:

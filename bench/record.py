@@ -1,7 +1,9 @@
 """The records of bench/results/, and what is made from them.
 
-``python -m bench.record`` says which kernels a GPU has passed since they last changed, and rewrites the README's tables.
-A record is the JSON that ``pytest bench --benchmark-only --record bench/results/cpu.json`` writes.
+``python -m bench.record`` validates every record, says of each op × backend whether the hardware of the records has passed it
+since it last changed, and writes what is generated: the README's tables, a page of all rows beside each record, and
+kernels/passed.json, from which a CUDA C++ kernel knows the GPUs that it may run on by itself. ``make cpu-check`` and
+``make gpu-check`` make a record.
 """
 
 from __future__ import annotations
@@ -9,29 +11,59 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import tables
+from clipfast import kernels
+from clipfast.kernels import dispatch, passed
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-BACKENDS = {"triton": "triton.py", "cuda": "cuda.cu"}
+PACKAGES = ("torch", "triton", "numpy", "open_clip_torch", "transformers", "inf-cl", "siglip-kernel", "xformers", "flash-attn",
+            "liger-kernel", "quack-kernels")  # fmt: skip
 
 
 def machine() -> dict[str, Any]:
     """What the figures of a record depend on."""
+    gpu = torch.cuda.is_available()
     return dict(
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        kind="gpu" if gpu else "cpu",
+        device=passed.device_name("cuda" if gpu else "cpu"),
+        driver=passed.driver(),
+        cuda=torch.version.cuda or "",
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         threads=torch.get_num_threads(),
         python=platform.python_version(),
-        versions={p: importlib.metadata.version(p) for p in ("torch", "numpy", "open_clip_torch", "transformers")},
+        versions=dict(filter(lambda found: found[1], ((package, _version(package)) for package in PACKAGES))),
+        commit=_commit(),
         kernels=fingerprints(),
     )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _commit() -> str:
+    """The commit, with ``-dirty`` where files differ from it; where git is not, what ``COMMIT`` in the environment says."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("COMMIT") or "unknown"
 
 
 def fingerprints() -> dict[str, str]:
@@ -40,101 +72,139 @@ def fingerprints() -> dict[str, str]:
     return {p.relative_to(ROOT).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sources}
 
 
-def _processor() -> str:
-    try:
-        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]  # type: ignore[index]
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()
-
-
 def records() -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
 
 
-def gpu_states() -> list[tuple[str, str]]:
-    """(op and backend, state) of every kernel written for a GPU."""
-    now, states = fingerprints(), []
-    gpus = [r["machine"] for r in records().values() if r.get("gpu_tests_passed")]
-    for home in sorted(p for p in (ROOT / "kernels").iterdir() if p.is_dir()):
-        for backend, file in BACKENDS.items():
-            source = f"kernels/{home.name}/{file}"
-            if source not in now:
-                continue
-            passed = [g["device"] for g in gpus if g["kernels"].get(source) == now[source]]
-            seen = any(source in g["kernels"] for g in gpus)
-            state = (
-                f"passed on {', '.join(passed)}"
-                if passed
-                else "changed since a GPU passed it"
-                if seen
-                else "never run by a GPU"
-            )
-            states.append((f"{home.name} {backend}", state))
-    return states
+def problems(record: dict[str, Any]) -> Iterator[str]:
+    """What keeps a record of benchmarks from being one: a missing part, a figure that cannot be."""
+    known = {"kind", "device", "driver", "cores", "threads", "python", "versions", "commit", "kernels"}
+    if missing := known - record.get("machine", {}).keys():
+        yield f"expected machine to hold {', '.join(sorted(known))}; missing: {', '.join(sorted(missing))}"
+        return
+    tests = [counts for found in record.get("tests", {}).values() for counts in found.values()]
+    hashes = [*record["machine"]["kernels"].values(), *(counts.get("kernel") for counts in tests)]
+    if not hashes or not all(re.fullmatch("[0-9a-f]{64}", str(one)) for one in hashes):
+        yield "expected the SHA-256 of every kernel source"
+    for counts in tests:
+        if not all(isinstance(counts.get(k), int) and counts[k] >= 0 for k in ("passed", "failed")):
+            yield f"expected counts of passed and failed tests, got {counts}"
+    if not all(_positive(record.get("roofline", {}).get(k)) for k in ("bytes_per_s", "flops_per_s")):
+        yield "expected the roofline of the run"
+    rows = record.get("rows", [])
+    names = [_title(row) for row in rows]
+    if not rows or len(set(names)) != len(names):
+        yield f"expected rows of different names, got {len(rows)} with {sorted({n for n in names if names.count(n) > 1})} twice"
+    for row in rows:
+        yield from (f"{_title(row)}: {problem}" for one in _timed(row) for problem in _impossible(one))
 
 
-def speed_table(record: dict[str, Any]) -> str:
-    """Rows of one record as Markdown: ours, and how many times as fast as each rival."""
-    m = record["machine"]
-    lines = [
-        f"{m['device']}, {m['threads']} threads, torch {m['versions']['torch']}; medians of interleaved rounds.",
-        "",
-        "| what | ours | against |",
-        "|---|---|---|",
-    ]
-    for row in record["rows"]:
-        rate = f", {row['items_per_s']:,.0f}/s" if row["items_per_s"] else ""
-        rivals = [
-            f"{name}: not run ({r['absent']})" if "absent" in r else f"{r['speedup']:.2f} × {name}"
-            for name, r in row["rivals"].items()
-            if not name.startswith("our ")
-        ]
-        lines.append(
-            f"| {row['group'].replace('_', ' ')}: {row['name']} | {row['ms']['median']:.2f} ms{rate} | {', '.join(rivals)} |"
-        )
+def _title(row: dict[str, Any]) -> str:
+    return f"{row.get('group')}: {row.get('name')}"
+
+
+def _timed(row: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row, *(rival for rival in row["rivals"].values() if "absent" not in rival)]
+
+
+def _impossible(figures: dict[str, Any]) -> Iterator[str]:
+    ms, memory = figures["ms"], figures["memory"]
+    if not (all(_positive(ms[k]) for k in ms) and ms["p20"] <= ms["median"] <= ms["p80"]):
+        yield f"expected 0 < p20 <= median <= p80, got {ms}"
+    if memory is not None and memory < 0:
+        yield f"expected bytes, got {memory}"
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+
+
+# ---- which hardware has passed which kernel ----------------------------------------------------------------------------------
+
+
+def backends() -> Iterator[tuple[str, str]]:
+    """Every op × backend that has a source."""
+    for op in kernels.OPS:
+        yield from ((op, backend) for backend in dispatch.BACKENDS if passed.source_of(op, backend).exists())
+
+
+def state(op: str, backend: str, device: str, found: dict[str, dict[str, Any]]) -> str:
+    """``passed``, ``failed``, ``changed since`` (it passed before it last changed) or ``never``, by the records of a device.
+
+    A run of the tests that its time cut off passes nothing.
+    """
+    ran = []
+    for record in found.values():
+        counts = record.get("tests", {}).get(op, {}).get(backend)
+        if record["machine"]["device"] == device and counts and (counts["failed"] or record["tests_finished"]):
+            ran.append(counts)
+    now = [counts for counts in ran if counts["kernel"] == passed.fingerprint(op, backend)]
+    if any(counts["failed"] for counts in now):
+        return "failed"
+    if now:
+        return "passed"
+    return "changed since" if any(not counts["failed"] for counts in ran) else "never"
+
+
+def devices(found: dict[str, dict[str, Any]], kind: str) -> list[str]:
+    """The models of GPU (or processor) that the records were made on."""
+    return sorted({r["machine"]["device"] for r in found.values() if r.get("machine", {}).get("kind") == kind})
+
+
+def passes(found: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """For kernels/passed.json: the GPUs that have passed each CUDA C++ kernel as it is now."""
+    made = {}
+    for op, backend in backends():
+        gpus = [gpu for gpu in devices(found, "gpu") if state(op, backend, gpu, found) == "passed"]
+        if backend == "cuda" and gpus:
+            made[f"{op} cuda {passed.fingerprint(op, backend)}"] = gpus
+    return made
+
+
+# ---- what is generated -------------------------------------------------------------------------------------------------------
+
+
+def gpu_table(found: dict[str, dict[str, Any]]) -> str:
+    """Every kernel for a GPU against the models that have run it."""
+    gpus = devices(found, "gpu")
+    lines = [f"| kernel | {' | '.join(gpus or ['on a GPU'])} |", "|---" * (1 + len(gpus or [""])) + "|"]
+    for op, backend in backends():
+        if backend in ("cuda", "triton"):
+            states = [state(op, backend, gpu, found) for gpu in gpus] or ["never"]
+            lines.append(f"| {op} {backend} | {' | '.join(states)} |")
     return "\n".join(lines)
 
 
-def demo_table(results: dict[str, Any]) -> str:
-    """The figures of `make demo`: the JSON that it writes beside its report."""
-    lines = [
-        "| drawings of the unseen style | names | clipfast, top-1 / top-5 | nearest pixels | chance |",
-        "|---|---|---|---|---|",
-    ]
-    for row in results["accuracy"]:
-        what = f"{row['drawings']:,} of {row['concepts']} concepts{'' if row['flags'] else ', without flags'}"
-        shares = (f"{row[f'{kind}top1']:.1%} / {row[f'{kind}top5']:.1%}" for kind in ("", "pixels_", "chance_"))
-        lines.append(f"| {what} | {row['names']:,} | {' | '.join(shares)} |")
-    pace = f"{results['steps']:,} steps of {results['config']['batch_size']} pairs in {results['seconds']:.0f} s"
-    return "\n".join([*lines, "", f"{pace} on {results['versions']['device']}, torch {results['versions']['torch']}."])
-
-
-def gpu_table() -> str:
-    return "\n".join(["| kernel | on a GPU |", "|---|---|", *(f"| {name} | {state} |" for name, state in gpu_states())])
-
-
-def tables() -> dict[str, str]:
-    """The README's generated parts by the name in their marker."""
+def generated() -> dict[Path, str]:
+    """Every generated file and what it has to hold; ValueError for a record that is none."""
     found = records()
-    made = {"gpu": gpu_table()}
-    made |= {name: speed_table(r) for name, r in found.items() if "rows" in r}
-    return made | ({"demo": demo_table(found["demo"])} if "demo" in found else {})
+    measured = {name: r for name, r in found.items() if name != "demo"}
+    if bad := [f"bench/results/{name}.json: {problem}" for name, r in measured.items() for problem in problems(r)]:
+        raise ValueError("\n".join(bad))
+    made = {name: tables.summary(r) for name, r in measured.items()} | {"gpu": gpu_table(measured)}
+    made |= {"demo": tables.demo(found["demo"])} if "demo" in found else {}
+    readme = ROOT / "README.md"
+    return {
+        **{RESULTS / f"{name}.md": tables.page(name, r) for name, r in measured.items()},
+        ROOT / "kernels" / "passed.json": json.dumps(passes(measured), indent=1) + "\n",
+        readme: tables.filled(readme.read_text(), made),
+    }
 
 
-def filled(readme: str) -> str:
-    """``readme`` with every part between ``<!-- table: NAME -->`` and ``<!-- end -->`` made anew."""
-    made = tables()
-
-    def part(match: re.Match[str]) -> str:
-        if match[1] not in made:
-            raise ValueError(f"README table {match[1]!r}: expected a record of that name in bench/results, got {sorted(made)}")
-        return f"<!-- table: {match[1]} -->\n{made[match[1]]}\n<!-- end -->"
-
-    return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", part, readme, flags=re.DOTALL)
+def main() -> None:
+    found = {name: r for name, r in records().items() if name != "demo"}
+    for op, backend in backends():
+        runs_on = {kind for kind, device in (("cpu", "cpu"), ("gpu", "cuda")) if backend in dispatch.AUTOMATIC[device]}
+        kinds = sorted(runs_on or {"gpu"})  # other people's packages are never automatic, and are for GPUs
+        models = [model for kind in kinds for model in devices(found, kind)]
+        states = [f"{model}: {state(op, backend, model, found)}" for model in models] or ["never run on its hardware"]
+        print(f"{op:17} {backend:10} {'; '.join(states)}")
+    try:
+        for path, text in generated().items():
+            path.write_text(text)
+    except ValueError as error:
+        sys.exit(f"bench.record: {error}")
 
 
 if __name__ == "__main__":
-    for kernel, state in gpu_states():
-        print(f"{kernel:24} {state}")
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text()))
+    main()

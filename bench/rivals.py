@@ -1,12 +1,16 @@
-"""The rivals, built on our sizes and weights."""
+"""The rivals: open_clip on our sizes and weights, and other people's kernels as functions of our ops' arguments."""
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 try:
     import torchvision  # noqa: F401
@@ -19,6 +23,8 @@ except RuntimeError:  # PyPI's build beside a CPU build of torch: two operators 
 sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 import open_clip  # noqa: E402
+
+from clipfast.kernels import OPS  # noqa: E402
 
 
 def open_clip_model(sizes: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
@@ -37,3 +43,133 @@ def open_clip_model(sizes: dict[str, Any], state: dict[str, Tensor]) -> nn.Modul
     if missing:
         raise ValueError(f"open_clip's model of these sizes has other keys: {sorted(missing)}")
     return model
+
+
+def of_op(op: str) -> dict[str, Callable | str]:
+    """Who else computes an op: a function of the same arguments, or the reason why it is not here."""
+    found: dict[str, Callable | str] = {}
+    for name, (module, make) in RIVALS.get(op, {}).items():
+        if not torch.cuda.is_available():
+            found[name] = "measured on CUDA only"
+            continue
+        try:
+            found[name] = make(importlib.import_module(module))
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def _sdpa(backend: SDPBackend) -> Callable[[Any], Callable]:
+    """PyTorch's attention by one of its kernels, as eager calls it."""
+
+    def make(_: Any) -> Callable:
+        def attention(**given: Any) -> Tensor:
+            with sdpa_kernel([backend]):
+                return OPS["attention"].spec.eager(**given)
+
+        return attention
+
+    return make
+
+
+def _xformers(ops: Any) -> Callable:
+    def attention(qkv: Tensor, heads: int, causal: bool = False, cu_seqlens: Tensor | None = None, max_length=None) -> Tensor:
+        bias, masks = None, ops.fmha.attn_bias
+        if cu_seqlens is not None:
+            bias = _lengths(masks, cu_seqlens)
+            bias = bias.make_causal() if causal else bias
+        elif causal:
+            bias = masks.LowerTriangularMask()
+        x = qkv[None] if qkv.ndim == 2 else qkv
+        q, k, v = x.unflatten(-1, (3, heads, -1)).unbind(2)
+        return ops.memory_efficient_attention(q, k, v, attn_bias=bias).flatten(2).view(*qkv.shape[:-1], -1)
+
+    return attention
+
+
+_MASKS: dict[int, Any] = {}
+
+
+def _lengths(masks: Any, cu_seqlens: Tensor) -> Any:
+    """xformers' mask of these lengths, made once: it wants them on the host."""
+    if id(cu_seqlens) not in _MASKS:
+        _MASKS[id(cu_seqlens)] = masks.BlockDiagonalMask.from_seqlens(cu_seqlens.diff().tolist()), cu_seqlens
+    return _MASKS[id(cu_seqlens)][0]
+
+
+def _flash_attn(package: Any) -> Callable:
+    """flash-attn 2, which takes the packed projection."""
+
+    def attention(qkv: Tensor, heads: int, causal: bool = False, cu_seqlens: Tensor | None = None, max_length=None) -> Tensor:
+        x = qkv.unflatten(-1, (3, heads, -1))
+        if cu_seqlens is not None:
+            out = package.flash_attn_varlen_qkvpacked_func(x, cu_seqlens, max_length, causal=causal)
+        else:
+            out = package.flash_attn_qkvpacked_func(x if x.ndim == 5 else x[None], causal=causal)
+        return out.reshape(*qkv.shape[:-1], -1)
+
+    return attention
+
+
+def _flash_attn_4(package: Any) -> Callable:
+    def attention(qkv: Tensor, heads: int, causal: bool = False, cu_seqlens: Tensor | None = None, max_length=None) -> Tensor:
+        x = qkv.unflatten(-1, (3, heads, -1))
+        if cu_seqlens is not None:
+            lengths = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_length, max_seqlen_k=max_length)
+            out = package.flash_attn_varlen_func(*x.unbind(-3), causal=causal, **lengths)
+        else:
+            out = package.flash_attn_func(*(x if x.ndim == 5 else x[None]).unbind(2), causal=causal)
+        return (out[0] if isinstance(out, tuple) else out).reshape(*qkv.shape[:-1], -1)
+
+    return attention
+
+
+def _added(norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Callable:
+    """A layer norm without a residual, as a block calls it: the addition first."""
+
+    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, eps: float = 1e-5):
+        s = x if residual is None else x + residual
+        y = norm(s, weight, bias, eps)
+        return y if residual is None else (y, s)
+
+    return layer_norm
+
+
+def _quack(module: Any) -> Callable:
+    class LayerNorm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias, eps):
+            rows, gain = x.flatten(0, -2), weight.float()  # it wants gains in fp32
+            y, rstd, mean = module.layernorm_fwd(rows, gain, bias.float(), eps, return_rstd=True, return_mean=True)
+            ctx.save_for_backward(rows, gain, rstd, mean)
+            ctx.dtype = weight.dtype
+            return y.view_as(x)
+
+        @staticmethod
+        def backward(ctx, dy):
+            rows, gain, rstd, mean = ctx.saved_tensors
+            dx, dweight, dbias = module.layernorm_bwd(rows, gain, dy.contiguous().view_as(rows), rstd, mean)
+            return dx.view_as(dy), dweight.to(ctx.dtype), dbias.to(ctx.dtype), None
+
+    return _added(LayerNorm.apply)
+
+
+RIVALS: dict[str, dict[str, tuple[str, Callable[[Any], Callable]]]] = {
+    "attention": {
+        "SDPA flash": ("torch", _sdpa(SDPBackend.FLASH_ATTENTION)),
+        "SDPA efficient": ("torch", _sdpa(SDPBackend.EFFICIENT_ATTENTION)),
+        "SDPA cuDNN": ("torch", _sdpa(SDPBackend.CUDNN_ATTENTION)),
+        "xformers": ("xformers.ops", _xformers),
+        "flash-attn": ("flash_attn", _flash_attn),
+        "flash-attn 4": ("flash_attn.cute", _flash_attn_4),
+    },
+    "layer_norm": {
+        "apex": (
+            "apex.normalization.fused_layer_norm",
+            lambda apex: _added(lambda x, w, b, eps: apex.fused_layer_norm_affine(x, w, b, x.shape[-1:], eps)),
+        ),
+        "Liger": ("liger_kernel.ops.layer_norm", lambda liger: _added(liger.LigerLayerNormFunction.apply)),
+        "QuACK": ("quack.rmsnorm", _quack),
+        "compiled": ("torch", lambda _: torch.compile(_added(lambda x, w, b, eps: F.layer_norm(x, x.shape[-1:], w, b, eps)))),
+    },
+}

@@ -2,57 +2,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from bench import rivals
+from bench.measure import DEVICE, DTYPE
 from clipfast import kernels
-from clipfast.kernels import dispatch
-
-DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-CASES = [pytest.param(op, case, id=f"{op} {case}") for op, home in kernels.OPS.items() for case in home.spec.BENCH]
+from clipfast.kernels import dispatch, passed
 
 
-def forward_backward(function, given: dict, leaves: list[Tensor]):
-    """A call of the function and of its backward, on upstream gradients of ones."""
+def rows() -> list[Any]:
+    """(op, arguments of the case). BENCH any machine affords; BENCH_GPU fills a GPU, and runs elsewhere with --full only."""
+    found = []
+    for op, home in kernels.OPS.items():
+        small, large = home.spec.BENCH, getattr(home.spec, "BENCH_GPU", {})
+        marks = [] if DEVICE == "cuda" else [pytest.mark.full]
+        found += [pytest.param(op, case, id=f"{op} {name}") for name, case in small.items()]
+        found += [pytest.param(op, case, id=f"{op} {name}", marks=marks) for name, case in large.items()]
+    return found
+
+
+def arguments(op: str, case: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
+    """Of the public function, in the dtype of the benchmarks, and which of them ask for a gradient."""
+    made = kernels.OPS[op].spec.inputs(torch.Generator(DEVICE).manual_seed(0), **case)
+    given = {
+        k: (v.to(DEVICE, DTYPE).requires_grad_() if v.is_floating_point() else v.to(DEVICE)) if isinstance(v, Tensor) else v
+        for k, v in made.items()
+    }
+    if given.get("cu_seqlens") is not None:  # as the model has it from the tokenizer: no op need ask the device
+        given["max_length"] = int(given["cu_seqlens"].diff().max())
+    return given, [v for v in given.values() if isinstance(v, Tensor) and v.requires_grad]
+
+
+def forward_backward(function: Callable, given: dict[str, Any], leaves: list[Tensor]) -> Callable[[], None]:
+    """A call of the function and of its backward, on upstream gradients that are no special number."""
     upstream: list[Tensor] = []
 
     def run() -> None:
         outputs = function(**given)
         outputs = [outputs] if isinstance(outputs, Tensor) else outputs
         if not upstream:
-            upstream.extend(torch.ones_like(o) for o in outputs)
+            generator = torch.Generator(DEVICE).manual_seed(1)
+            upstream.extend(torch.empty_like(o).normal_(generator=generator) for o in outputs)
         torch.autograd.grad(outputs, leaves, upstream)
 
     return run
 
 
-def by_backend(op: str, backend: str, given: dict, leaves: list[Tensor]):
-    """The same by one backend, or the reason why it does not run this."""
-    if isinstance(reason := kernels.OPS[op].backend(backend), str):
-        return reason
-    run = forward_backward(getattr(kernels, op), given, leaves)
+def contenders(op: str, given: dict[str, Any], leaves: list[Tensor]) -> dict[str, Callable[[], None] | str]:
+    """Eager PyTorch, other people's kernels and each of our backends on the same arguments, or why one does not run them."""
+    spec, ours = kernels.OPS[op].spec, getattr(kernels, op)
 
-    def forced() -> None:
-        with dispatch.use(backend):
-            run()
+    def by(backend: str) -> Callable[..., Any]:
+        def forced(**given: Any) -> Any:
+            with dispatch.use(backend):
+                return ours(**given)
 
+        return forced
+
+    found: dict[str, Callable | str] = {"eager": getattr(spec, "eager", spec.reference), **rivals.of_op(op)}
+    for name in (b for b in dispatch.AUTOMATIC[DEVICE] if passed.source_of(op, b).exists()):
+        reason = kernels.OPS[op].backend(name)
+        found[f"our {name}"] = reason if isinstance(reason, str) else by(name)
+    expected = first(ours(**given))
+    return {name: call if isinstance(call, str) else tried(call, given, leaves, expected) for name, call in found.items()}
+
+
+def first(outputs: Any) -> Tensor:
+    return (outputs if isinstance(outputs, Tensor) else outputs[0]).detach()
+
+
+def tried(function: Callable, given: dict[str, Any], leaves: list[Tensor], expected: Tensor) -> Callable[[], None] | str:
+    """Forward and backward by it, once it has been seen to compute the same; a str, the reason, where it refuses."""
+    run = forward_backward(function, given, leaves)
     try:
-        forced()
-    except RuntimeError as error:
-        return str(error)
-    return forced
+        got = first(function(**given))
+        run()
+    except Exception as error:  # noqa: BLE001 - whatever a rival raises is the reason
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    tolerance = 1e-4 if DEVICE == "cpu" else 2e-2
+    assert (got.double() - expected.double()).norm() <= tolerance * expected.double().norm(), "it computes something else"
+    return run
 
 
-@pytest.mark.parametrize(("op", "case"), CASES)
-def test_op(compare, op: str, case: str) -> None:
+def floor(spec: Any, case: dict[str, Any]) -> tuple[int, int]:
+    """(FLOPs, bytes) of forward and backward."""
+    passes = spec.floors(DTYPE.itemsize, **case).values()
+    return sum(flops for flops, _ in passes), sum(moved for _, moved in passes)
+
+
+@pytest.mark.parametrize(("op", "case"), rows())
+def test_op(compare, op: str, case: dict[str, Any]) -> None:
     spec = kernels.OPS[op].spec
-    made = spec.inputs(torch.Generator().manual_seed(0), **spec.BENCH[case])
-    given = {
-        k: (v.to(DEVICE, DTYPE).requires_grad_() if v.is_floating_point() else v.to(DEVICE)) if isinstance(v, Tensor) else v
-        for k, v in made.items()
-    }
-    leaves = [v for v in given.values() if isinstance(v, Tensor) and v.requires_grad]
-    rivals = {"eager": forward_backward(getattr(spec, "eager", spec.reference), given, leaves)}
-    rivals |= {f"our {name}": by_backend(op, name, given, leaves) for name in dispatch.AUTOMATIC[DEVICE]}
-    compare(forward_backward(getattr(kernels, op), given, leaves), rivals, rounds=15)
+    given, leaves = arguments(op, case)
+    ours = forward_backward(getattr(kernels, op), given, leaves)
+    compare(ours, contenders(op, given, leaves), floor=floor(spec, case), graphs=True, op=op)

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.rivals import open_clip_model
+from clipfast.engine import adamw
 from clipfast.loss import clip_loss
 from clipfast.model import CLIP, MODELS
 from clipfast.tokenizer import tokenize
-from clipfast.train import TrainConfig, adamw
+from clipfast.train import TrainConfig
 from demo import emoji
 from demo.__main__ import recipe
 
@@ -49,6 +50,19 @@ def pair(name: str) -> tuple[CLIP, nn.Module]:
     return ours, open_clip_model(MODELS[name], ours.state_dict()).eval().to(DEVICE)
 
 
+def compiled(call, wanted: bool):
+    """The call under ``torch.compile``, warm, or the reason why that is not measured."""
+    if not wanted:
+        return "compiled with --full only"
+    torch._dynamo.reset()
+    try:
+        fast = torch.compile(call)
+        fast()
+    except Exception as error:  # a rival that cannot be had is a row with its reason, whatever the compiler raised
+        return f"torch.compile: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
+    return fast
+
+
 @pytest.mark.parametrize("name", ["ViT-B/32"])
 def test_encode_text(compare, name: str) -> None:
     ours, theirs = pair(name)
@@ -59,19 +73,59 @@ def test_encode_text(compare, name: str) -> None:
         assert (got - expected).norm() <= 1e-5 * expected.norm()
         compare(
             lambda: ours.encode_text(text, lengths=lengths),
-            {"open_clip": lambda: theirs.encode_text(text)},
+            {"open_clip": lambda: theirs.encode_text(text),
+             "open_clip compiled": compiled(lambda: theirs.encode_text(text), True)},
             items=len(text), mean_tokens=float(lengths.double().mean()),
         )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["ViT-B/32", "RN50"])
-def test_encode_image(compare, name: str) -> None:
-    ours, theirs = pair(name)
+def test_encode_image(compare, full: bool, name: str) -> None:
+    """Ours as ``for_inference`` gives it; beside it ours as loaded."""
+    loaded, theirs = pair(name)
+    ours = loaded.for_inference()
     image = torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     with torch.no_grad():
         got, expected = ours.encode_image(image), theirs.encode_image(image)
         assert (got - expected).norm() <= 1e-5 * expected.norm()
-        compare(lambda: ours.encode_image(image), {"open_clip": lambda: theirs.encode_image(image)}, items=len(image))
+        rivals = {"open_clip": lambda: theirs.encode_image(image), "our loaded": lambda: loaded.encode_image(image)}
+        rivals["open_clip compiled"] = compiled(rivals["open_clip"], full or name == "ViT-B/32")
+        compare(lambda: ours.encode_image(image), rivals, items=len(image))
+
+
+@pytest.mark.parametrize("name", ["ViT-B/32"])
+def test_training_step(compare, full: bool, name: str) -> None:
+    """Forward and backward of both towers and the loss, on captions; the peak is of everything that the step keeps."""
+    import open_clip
+
+    ours, theirs = (model.train() for model in pair(name))
+    B = 64 if DEVICE == "cpu" else 256
+    image = torch.randn(B, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    text, lengths = tokenize((CAPTIONS * 16)[:B], return_lengths=True)
+    text, loss_of_theirs = text.to(DEVICE), open_clip.ClipLoss()
+
+    def of_ours() -> Tensor:
+        return clip_loss(
+            ours.encode_image(image), ours.encode_text(text, lengths=lengths), ours.logit_scale.exp(), normalize=True
+        )
+
+    def of_theirs() -> Tensor:
+        features = theirs.encode_image(image), theirs.encode_text(text)
+        return loss_of_theirs(*(F.normalize(f, dim=-1) for f in features), theirs.logit_scale.exp())
+
+    def both_ways(model: nn.Module, loss_of):
+        def run() -> None:
+            model.zero_grad(set_to_none=True)
+            loss_of().backward()
+
+        return run
+
+    rivals = {"open_clip": both_ways(theirs, of_theirs)}
+    if isinstance(fast := compiled(of_theirs, full), str):
+        rivals["open_clip compiled"] = fast
+    else:
+        rivals["open_clip compiled"] = both_ways(theirs, fast)
+    compare(both_ways(ours, of_ours), rivals, rounds=3, items=B, mean_tokens=float(lengths.double().mean()))
 
 
 def test_demo_training_step(compare) -> None:

@@ -3,6 +3,7 @@
 import sys
 
 from clipfast import tokenizer as simple_tokenizer
+from clipfast.graphs import graphed
 from clipfast.image import Preprocess, _transform  # noqa: F401 - reached as clip.clip._transform
 from clipfast.info import info
 from clipfast.loss import ClipLoss, SigLipLoss, clip_loss, siglip_loss
@@ -12,7 +13,7 @@ from clipfast.weights import available_models, build_model, convert, convert_wei
 
 __all__ = [
     "CLIP", "MODELS", "ClipLoss", "Preprocess", "SigLipLoss", "available_models", "build_model", "clip_loss", "convert",
-    "convert_weights", "info", "load", "siglip_loss", "tokenize",
+    "convert_weights", "graphed", "info", "load", "siglip_loss", "tokenize",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

@@ -1,4 +1,7 @@
-"""The command line: `clipfast train | eval | classify | embed | info`. The fields of a command's dataclasses are its flags."""
+"""The command line: `clipfast train | eval | classify | embed | export | info | check`.
+
+The fields of a command's dataclasses are its flags.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,28 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+import torch
+
+from .check import report
 from .data import UNREADABLE, DataConfig, Tally, training_batches
 from .evaluate import TEMPLATES, classify, embed, retrieval_source, zero_shot_source
-from .image import read_image
+from .export import LAYOUTS, export
+from .image import Preprocess, read_image
 from .info import info
+from .job import Job, place
+from .model import CLIP
 from .train import TrainConfig, sizes, train
 from .weights import load
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 USER_ERRORS = (*UNREADABLE, TypeError, RuntimeError, ArithmeticError, ImportError, csv.Error)
 Name = Annotated[str, "published model, hf-hub:... or path of a checkpoint"]
@@ -53,28 +68,68 @@ class Embed:
     device: Device = ""
 
 
-def run_train(data: DataConfig, config: TrainConfig) -> None:
-    """Train a model on pairs."""
+@dataclass
+class Check:
+    device: Device = ""
+    again: Annotated[bool, "also what passed before on this machine"] = False
+
+
+@dataclass
+class Validation:
+    val_data: Annotated[str, "what is validated on every val_every updates, as DATA"] = ""
+    val_task: Annotated[str, "zero-shot or retrieval"] = "zero-shot"
+    val_classes: Annotated[str, "file of class names, as eval's"] = ""
+    val_templates: Annotated[str, "file of prompts, as eval's"] = ""
+
+
+@dataclass
+class Export:
+    model: Name
+    out: Annotated[str, "file (openai, safetensors) or folder (open_clip, transformers) to write"]
+    layout: Annotated[str, f"whose library is to load it: {', '.join(LAYOUTS)}"] = "safetensors"
+
+
+def run_train(data: DataConfig, config: TrainConfig, validation: Validation) -> None:
+    """Train a model on pairs: alone, or on every process that torchrun starts. @FILE.toml in place of options reads them."""
     size = sizes(config.model)
-    context = size["context_length"]
-    batches = training_batches(data, size["image_resolution"], config.batch_size, context_length=context, seed=config.seed)
-    done = train(config, batches)
-    print(f"{done.steps} steps in {done.seconds:.0f} s: {Path(config.out, 'model.pt')}")
+    rank, world = place()
+    options = {"context_length": size["context_length"], "seed": config.seed, "rank": rank, "world": world}
+    batches = training_batches(data, size["image_resolution"], config.batch_size, **options)
+    if bool(validation.val_data) != bool(config.val_every):
+        raise ValueError(f"expected val_data and val_every together, got {validation.val_data!r} and {config.val_every}")
+    done = train(config, batches, validate=_validate(data, validation) if config.val_every else None)
+    if rank == 0:
+        print(f"{done.steps} steps in {done.seconds:.0f} s: {Path(config.out, 'model.pt')}")
+        if done.stopped:
+            print(f"stopped by {done.stopped}: go on with --resume auto")
+
+
+def _validate(data: DataConfig, options: Validation) -> Callable[[CLIP, Job], dict[str, float]]:
+    source = replace(data, data=options.val_data).open()
+    measure = _measure(options.val_task, options.val_classes, options.val_templates)
+
+    def validate(model: CLIP, job: Job) -> dict[str, float]:
+        preprocess = Preprocess(model.visual.input_resolution)
+        return measure(model, preprocess, source, job=job, threads=data.workers, tally=Tally(data.max_bad))
+
+    return validate
+
+
+def _measure(task: str, classes: str, templates: str) -> Callable[..., dict[str, float]]:
+    if task not in ("zero-shot", "retrieval"):
+        raise ValueError(f"expected --task zero-shot or retrieval, got {task!r}")
+    if task == "retrieval":
+        return retrieval_source
+    named = {folder: name or folder for folder, _, name in (line.partition("\t") for line in _lines(classes))}
+    return partial(zero_shot_source, classes=named, templates=_lines(templates) or TEMPLATES)
 
 
 def run_eval(data: DataConfig, options: Eval) -> None:
     """Measure zero-shot accuracy or retrieval."""
-    if options.task not in ("zero-shot", "retrieval"):
-        raise ValueError(f"expected --task zero-shot or retrieval, got {options.task!r}")
+    measure = _measure(options.task, options.classes, options.templates)
     source = data.open()
     model, preprocess = load(options.model, options.device or None)
-    reading = {"batch_size": options.batch_size, "threads": data.workers, "tally": Tally(data.max_bad)}
-    if options.task == "retrieval":
-        results = retrieval_source(model, preprocess, source, **reading)
-    else:
-        lines = [line.partition("\t") for line in _lines(options.classes)]
-        classes = {folder: name or folder for folder, _, name in lines}
-        results = zero_shot_source(model, preprocess, source, classes, _lines(options.templates) or TEMPLATES, **reading)
+    results = measure(model, preprocess, source, batch_size=options.batch_size, threads=data.workers, tally=Tally(data.max_bad))
     for name, value in results.items():
         print(f"{name:20} {f'{value:8.2%}' if isinstance(value, float) else f'{value:6}'}")
 
@@ -107,28 +162,42 @@ def run_embed(data: DataConfig, options: Embed) -> None:
     print(f"{parts} parts in {options.out}")
 
 
+def run_export(options: Export) -> None:
+    """Write a model for another library."""
+    model, _ = load(options.model, "cpu")
+    print(export(model, options.out, options.layout))
+
+
 def run_info() -> None:
     """Show versions, the build, and which backend each op takes and why."""
     print(info())
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
+def run_check(options: Check) -> int:
+    """Hold every op and backend against its definition on this device, and time it; exit code 1 if one is wrong."""
+    return report(options.device or ("cuda" if torch.cuda.is_available() else "cpu"), options.again)
+
+
+COMMANDS: dict[str, Callable[..., int | None]] = {
     "train": run_train,
     "eval": run_eval,
     "classify": run_classify,
     "embed": run_embed,
+    "export": run_export,
     "info": run_info,
+    "check": run_check,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 2 for what the user can put right (one line on stderr), 130 when interrupted."""
+    """Exit code: 0, 1 for a wrong kernel, 2 for what the user can put right (one line on stderr), 130 when interrupted."""
     logging.basicConfig(format="clipfast: %(message)s", level=logging.WARNING)
-    given = vars(_parser().parse_args(arguments))
+    parser = _parser()
+    given = vars(parser.parse_args(_from_files(sys.argv[1:] if arguments is None else arguments, parser)))
     command, debug = COMMANDS[given.pop("command")], given.pop("debug", False)
     kinds = [kind for name, kind in get_type_hints(command).items() if name != "return"]
     try:
-        command(*(kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) for kind in kinds))
+        return command(*(kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) for kind in kinds)) or 0
     except USER_ERRORS as error:
         if debug:
             raise
@@ -136,7 +205,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -168,6 +236,28 @@ def _add_fields(parser: argparse.ArgumentParser, kind: type) -> None:
         else:
             about |= {"type": type_ if type_ in (int, float, str) else _name_or_sizes, "metavar": field.name.upper()}
         parser.add_argument(f"--{field.name.replace('_', '-')}", **about)
+
+
+def _from_files(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """@FILE.toml -> the options in it, as if they had been given there; those behind it win. A key is an option's name."""
+    found: list[str] = []
+    for argument in map(str, arguments):
+        if not (argument.startswith("@") and argument.endswith(".toml")):
+            found.append(argument)
+            continue
+        try:
+            given = tomllib.loads(Path(argument[1:]).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            parser.error(f"{argument[1:]}: expected a TOML file of options: {error}")
+        for name, value in given.items():
+            flag = f"--{name.replace('_', '-')}"
+            if name == "data":
+                found.append(str(value))
+            elif isinstance(value, bool):
+                found.append(flag if value else f"--no-{flag[2:]}")
+            else:
+                found.append(f"{flag}={json.dumps(value) if isinstance(value, dict) else value}")
+    return found
 
 
 def _name_or_sizes(text: str) -> str | dict[str, Any]:

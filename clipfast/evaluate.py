@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from .data import Sample, Source, Tally, output_folder, read_images, replacing
 from .image import Preprocess
+from .job import ALONE, Job
 from .model import CLIP
 from .tokenizer import tokenize
 
@@ -166,52 +168,99 @@ def zero_shot_source(
     source: Source,
     classes: dict[str, str] | None = None,
     templates: Sequence[str] = TEMPLATES,
+    job: Job = ALONE,
     **reading: Any,
 ) -> dict[str, float]:
     """Top-1 and top-5 over a source whose samples have a class: a folder's name or a shard's .cls.
 
     `classes`: name of the folder -> name in the prompts, in the order that .cls counts from 0; by default the folders' names.
+    `job`: each rank reads its share; the result is that of all, and an error of one rank is raised on all.
     """
-    features, labels = [], []
-    for samples, block in encode_images(model, preprocess, source.samples(), **reading):
-        if lacking := [sample.key for sample in samples if "class" not in sample.meta]:
-            raise ValueError(
-                f"expected the class of every image (its folder, or a .cls in the shard), but {lacking[0]} has none"
-            )
-        features.append(block)
-        labels += [sample.meta["class"] for sample in samples]
-    named = classes or {name: name for name in sorted(map(str, set(labels)))}
+
+    def read() -> tuple[list[Tensor], list[Any]]:
+        features, labels = [], []
+        own = source.samples(worker=job.rank, workers=job.world)
+        for samples, block in encode_images(model, preprocess, own, **reading):
+            if lacking := [sample.key for sample in samples if "class" not in sample.meta]:
+                raise ValueError(
+                    f"expected the class of every image (its folder, or a .cls in the shard), but {lacking[0]} has none"
+                )
+            features.append(block)
+            labels += [sample.meta["class"] for sample in samples]
+        return features, labels
+
+    (features, labels), everyone = _together(job, read, lambda found: sorted(set(found[1]), key=str))
+    seen = set(chain.from_iterable(everyone))
+    named = classes or {name: name for name in sorted(map(str, seen))}
     index = {name: number for number, name in enumerate(named)} | {number: number for number in range(len(named))}
-    if unknown := set(labels) - index.keys():
+    if unknown := seen - index.keys():
         raise ValueError(
             f"expected every class among the {len(named)} given, got {sorted(map(str, unknown))[:3]}; add them to the classes"
         )
-    weights = zero_shot_weights(model, list(named.values()), templates)
-    targets = torch.tensor([index[label] for label in labels])
-    return zero_shot(torch.cat(features), weights, targets) | {"images": len(targets), "classes": len(named)}
+
+    def hits() -> Counter[str]:
+        if not labels:
+            return Counter()
+        targets, weights = (
+            torch.tensor([index[label] for label in labels]),
+            zero_shot_weights(model, [*named.values()], templates),
+        )
+        found = zero_shot(torch.cat(features), weights, targets)
+        return Counter({name: round(share * len(labels)) for name, share in found.items()} | {"images": len(labels)})
+
+    _, parts = _together(job, hits, lambda found: found)
+    total = sum(parts, Counter[str]())
+    if not total["images"]:
+        raise ValueError("expected images to evaluate on, got none")
+    return {f"top{k}": total[f"top{k}"] / total["images"] for k in (1, 5)} | {"images": total["images"], "classes": len(named)}
 
 
-def retrieval_source(model: CLIP, preprocess: Preprocess, source: Source, **reading: Any) -> dict[str, float]:
-    """R@1, 5, 10 over a source. Several captions of an image: several rows of a table, or several lines in a shard's .txt."""
-    captions: dict[str, list[str]] = {}
+def retrieval_source(model: CLIP, preprocess: Preprocess, source: Source, job: Job = ALONE, **reading: Any) -> dict[str, float]:
+    """R@1, 5, 10 over a source. Several captions of an image: several rows of a table, or several lines in a shard's .txt.
 
-    def first_of_each() -> Iterator[Sample]:
-        for sample in source.samples():
-            new = sample.key not in captions
-            captions.setdefault(sample.key, []).extend(line for line in (sample.caption or "").splitlines() if line.strip())
-            if new:
-                yield sample
+    `job`: each rank reads its share, and all have the result of the whole.
+    """
 
-    features, keys = [], []
-    for samples, block in encode_images(model, preprocess, first_of_each(), **reading):
-        features.append(block)
-        keys += [sample.key for sample in samples]
-    pairs = [(number, caption) for number, key in enumerate(keys) for caption in captions[key]]
-    if not pairs:
+    def read() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        captions: dict[str, list[str]] = {}
+
+        def first_of_each() -> Iterator[Sample]:
+            for sample in source.samples(worker=job.rank, workers=job.world):
+                new = sample.key not in captions
+                captions.setdefault(sample.key, []).extend(line for line in (sample.caption or "").splitlines() if line.strip())
+                if new:
+                    yield sample
+
+        images: dict[str, Tensor] = {}
+        for samples, block in encode_images(model, preprocess, first_of_each(), **reading):
+            images |= {sample.key: row for sample, row in zip(samples, block.cpu(), strict=True)}
+        lines = [line for own in captions.values() for line in own]
+        blocks = encode_texts(model, lines).cpu().split([len(own) for own in captions.values()]) if lines else []
+        return images, dict(zip(captions, blocks, strict=False))
+
+    _, parts = _together(job, read, lambda found: found)
+    images: dict[str, Tensor] = {}
+    for found, _ in reversed(parts):  # of rows about one image that came to several ranks, the first one's
+        images |= found
+    texts = [(key, block) for _, blocks in parts for key, block in blocks.items() if len(block) and key in images]
+    if not texts:
         raise ValueError("expected images with captions, found none; give a table, or shards with .txt")
-    text_ids, texts = torch.tensor([number for number, _ in pairs]), [caption for _, caption in pairs]
-    scores = retrieval(torch.cat(features), encode_texts(model, texts), torch.arange(len(keys)), text_ids)
-    return scores | {"images": len(keys), "captions": len(texts)}
+    number = {key: place for place, key in enumerate(images)}
+    text_ids = torch.tensor([number[key] for key, block in texts for _ in block])
+    scores = retrieval(
+        torch.stack(list(images.values())), torch.cat([block for _, block in texts]), torch.arange(len(images)), text_ids
+    )
+    return scores | {"images": len(images), "captions": len(text_ids)}
+
+
+def _together(job: Job, make: Callable[[], Any], part: Callable[[Any], Any]) -> tuple[Any, list[Any]]:
+    """What this rank makes, and the part of it that every rank tells; an error on one is one on all, so that none waits."""
+    try:
+        made = make()
+        told = part(made)
+    except Exception as error:
+        made, told = None, error
+    return made, job.gather(told)
 
 
 def embed(

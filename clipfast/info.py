@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from clipfast.kernels import OPS, dispatch
+from clipfast.kernels import OPS, dispatch, passed
 
 
 def info() -> str:
@@ -17,19 +17,23 @@ def info() -> str:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lines = [f"{name:12} {version}" for name, version in _versions(device)]
-    lines += ["", f"{'op':12} " + f"{'backend':8} on this machine's {device}"]
+    lines += ["", f"{'op':16} " + f"{'backend':10} on this machine's {device}"]
     for name, op in OPS.items():
         rank = 0
         for backend in dispatch.BACKENDS:
-            found = op.backend(backend)
+            found, reason = op.backend(backend), None
+            if backend == device == "cuda":
+                reason = passed.lacks(name, torch.device(device))
             if isinstance(found, str):
                 state = f"absent: {found}"
+            elif reason := reason or getattr(found, "LACKS", None):
+                state = f"on request: {reason}"
             elif backend in dispatch.AUTOMATIC[device]:
                 rank += 1
                 state = "first choice" if rank == 1 else "next choice"
             else:
                 state = f"on request: with clipfast.kernels.use({backend!r})"
-            lines.append(f"{name:12} {backend:8} {state}")
+            lines.append(f"{name:16} {backend:10} {state}")
     return "\n".join(lines)
 
 
@@ -41,5 +45,5 @@ def _versions(device: str) -> list[tuple[str, str]]:
         except importlib.metadata.PackageNotFoundError:
             rows.append((package, "absent"))
     rows += [(f"_C_{kind}", dispatch.library(kind) or "loaded") for kind in ("cpu", "cuda")]
-    rows.append(("device", torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"))
+    rows.append(("device", f"{passed.device_name(device)}, {passed.driver() or f'{torch.get_num_threads()} threads'}"))
     return rows

@@ -7,13 +7,15 @@ block works for the one token that is read out of it, since no other output of t
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from clipfast.kernels import attention, layer_norm, mlp, pooling
+from clipfast.kernels import attention, layer_norm, linear, mlp, pooling
 from clipfast.resnet import Bottleneck, ModifiedResNet
 
 _SIZES = ("embed_dim", "image_resolution", "vision_layers", "vision_width", "vision_patch_size",
@@ -44,6 +46,15 @@ class Layout(NamedTuple):
     max_length: int | None = None
 
 
+class Packed(NamedTuple):
+    """Texts without padding, one behind the other, on one device: what ``CLIP.pack`` makes and ``encode_text`` takes."""
+
+    ids: Tensor  # int [T]
+    position: Tensor  # int64 [T]: of each token in its text
+    cu_seqlens: Tensor  # int32 [B + 1]: where each text starts, and T
+    max_length: int
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one packed projection."""
 
@@ -56,23 +67,23 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """x [..., C] -> [..., C]: every token attends."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        return self.out_proj(
-            attention(qkv, self.heads, causal=layout.causal, cu_seqlens=layout.cu_seqlens, max_length=layout.max_length)
-        )
+    def forward(self, x: Tensor, layout: Layout, read: bool = False) -> Tensor:
+        """x [..., C] -> [..., C]: every token attends; ``read``: -> [B, C], that of the token that is read."""
+        if read:
+            return self._read(x, layout)
+        qkv = linear(x, self.in_proj_weight, self.in_proj_bias)
+        y = attention(qkv, self.heads, causal=layout.causal, cu_seqlens=layout.cu_seqlens, max_length=layout.max_length)
+        return linear(y, self.out_proj.weight, self.out_proj.bias)
 
-    def read(self, x: Tensor, layout: Layout) -> Tensor:
+    def _read(self, x: Tensor, layout: Layout) -> Tensor:
         """x [..., C] -> [B, C]: only the token that is read attends, to the whole sequence."""
         q_weight, k_weight, v_weight = self.in_proj_weight.chunk(3)
         q_bias, _, v_bias = self.in_proj_bias.chunk(3)
-        return self.out_proj(
-            pooling(
-                x, x[layout.read], q_weight, q_bias, k_weight, v_weight, v_bias, self.heads,
-                cu_seqlens=layout.cu_seqlens, max_length=layout.max_length,
-            )
+        y = pooling(
+            x, x[layout.read], q_weight, q_bias, k_weight, v_weight, v_bias, self.heads,
+            cu_seqlens=layout.cu_seqlens, max_length=layout.max_length,
         )  # fmt: skip
+        return linear(y, self.out_proj.weight, self.out_proj.bias)
 
 
 class Mlp(nn.Module):
@@ -100,17 +111,11 @@ class Block(nn.Module):
         self.mlp = Mlp(width, quick_gelu)
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, s: Tensor, update: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
-        """(s, update), both [..., C] -> the same after this block."""
+    def forward(self, s: Tensor, update: Tensor | None, layout: Layout, read: bool = False) -> tuple[Tensor, Tensor]:
+        """(s, update), both [..., C] -> the same after this block; ``read``: [B, C], at the token that is read alone."""
         x, s = self._enter(s, update)
-        x, s = _norm(self.ln_2, s, self.attn(x, layout))
+        x, s = _norm(self.ln_2, s[layout.read] if read else s, self.attn(x, layout, read))
         return s, self.mlp(x)
-
-    def read(self, s: Tensor, update: Tensor | None, layout: Layout) -> Tensor:
-        """(s, update), both [..., C] -> [B, C]: the block's output at the token that is read."""
-        x, s = self._enter(s, update)
-        x, s = _norm(self.ln_2, s[layout.read], self.attn.read(x, layout))
-        return s + self.mlp(x)
 
     def _enter(self, s: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
         return (_norm(self.ln_1, s), s) if update is None else _norm(self.ln_1, s, update)
@@ -124,14 +129,19 @@ class Transformer(nn.Module):
     def __init__(self, width: int, layers: int, heads: int, quick_gelu: bool) -> None:
         super().__init__()
         self.width, self.layers = width, layers
+        self.checkpointing = False  # whether blocks are computed again in backward instead of kept
         self.resblocks: Any = nn.ModuleList(Block(width, heads, quick_gelu) for _ in range(layers))
 
     def forward(self, s: Tensor, layout: Layout) -> Tensor:
         """s [..., C] -> [B, C]: the state of the token that is read."""
         update = None
         for block in self.resblocks[:-1]:
-            s, update = block(s, update, layout)
-        return self.resblocks[-1].read(s, update, layout)
+            if self.checkpointing and torch.is_grad_enabled():
+                s, update = checkpoint(block, s, update, layout, use_reentrant=False, preserve_rng_state=False)
+            else:
+                s, update = block(s, update, layout)
+        s, update = self.resblocks[-1](s, update, layout, read=True)
+        return s + update
 
     def states(self, s: Tensor, layout: Layout) -> list[Tensor]:
         """s [..., C] -> the residual stream [..., C] of every token after each block."""
@@ -171,7 +181,7 @@ class VisionTransformer(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """x [..., C] -> [..., output_dim]."""
-        return _norm(self.ln_post, x) @ self.proj
+        return linear(_norm(self.ln_post, x), self.proj.T)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(self.transformer(self.embed(x), self.layout))
@@ -244,18 +254,18 @@ class CLIP(nn.Module):
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """image [B, 3, R, R] -> [B, D] in the model's dtype, of unit length when ``normalize``."""
-        features = self.visual(self._image(image))
+        features = self.visual(self.checked_image(image))
         return F.normalize(features, dim=-1) if normalize else features
 
-    def encode_text(self, text: Tensor, normalize: bool = False, lengths: Tensor | list[int] | None = None) -> Tensor:
+    def encode_text(self, text: Tensor | Packed, normalize: bool = False, lengths: Tensor | list[int] | None = None) -> Tensor:
         """text [B, L ≤ context_length] of token ids -> [B, D] in the model's dtype, of unit length when ``normalize``.
 
         Args:
-            lengths: B counts of tokens up to and including the end token, on the host, as ``tokenize(…, return_lengths=True)``
-                gives them; None: up to the highest id of each row, which on a GPU costs one synchronisation.
+            text: token ids, or what ``pack`` made of them (for ``torch.compile(model.encode_text, fullgraph=True)``).
+            lengths: see ``pack``.
         """
-        s, layout, _ = self._embed_text(text, lengths)
-        features = _norm(self.ln_final, self.transformer(s, layout)) @ self.text_projection
+        s, layout = self._embed_text(text if isinstance(text, Packed) else self.pack(text, lengths))
+        features = self._project(self.transformer(s, layout))
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,48 +286,109 @@ class CLIP(nn.Module):
         visual = self.visual
         if image is not None:
             if isinstance(visual, ModifiedResNet):
-                states = visual.states(self._image(image))
+                states = visual.states(self.checked_image(image))
                 features = visual.attnpool(states[-1])
             else:
-                states = visual.transformer.states(visual.embed(self._image(image)), visual.layout)
+                states = visual.transformer.states(visual.embed(self.checked_image(image)), visual.layout)
                 features = visual.project(states[-1][:, 0])
             out |= dict(image_features=features, image_intermediates=states)
         if text is not None:
-            s, layout, index = self._embed_text(text, None)
+            packed = self.pack(text)
+            s, layout = self._embed_text(packed)
             states = self.transformer.states(s, layout)
-            features = _norm(self.ln_final, states[-1][layout.read]) @ self.text_projection
-            padded = [state.new_zeros(*text.shape, state.shape[-1]).index_put(index, state) for state in states]
+            features = self._project(states[-1][layout.read])
+            row = torch.repeat_interleave(packed.cu_seqlens.diff(), output_size=len(s))
+            padded = [s.new_zeros(*text.shape, s.shape[-1]).index_put((row, packed.position), state) for state in states]
             out |= dict(text_features=features, text_intermediates=padded)
         if normalize:
             out |= {k: F.normalize(v, dim=-1) for k, v in out.items() if k.endswith("features")}
         return out
 
-    def _image(self, image: Tensor) -> Tensor:
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether blocks are computed again in backward instead of kept: a third more work for a fraction of the memory.
+
+        A ResNet's are kept: its batch statistics would move twice.
+        """
+        for tower in (self.visual, self):
+            if isinstance(transformer := getattr(tower, "transformer", None), Transformer):
+                transformer.checkpointing = enable
+
+    def for_inference(self) -> CLIP:
+        """A copy in eval mode that asks for no gradients, with a ResNet's batch norms folded into its convolutions."""
+        model = copy.deepcopy(self).eval().requires_grad_(False)
+        if isinstance(model.visual, ModifiedResNet):
+            model.visual.fold_batch_norms()
+        return model
+
+    def _project(self, x: Tensor) -> Tensor:
+        """The text tower's states at the end token [B, C] -> [B, D]."""
+        return linear(_norm(self.ln_final, x), self.text_projection.T)
+
+    def checked_image(self, image: Tensor) -> Tensor:
+        """The images in the model's dtype, once their shape has been found to fit; ValueError where it does not."""
         side = self.visual.input_resolution
         if image.ndim != 4 or image.shape[1:] != (3, side, side):
             raise ValueError(f"encode_image: expected images [B, 3, {side}, {side}], got {list(image.shape)}; see preprocess")
         return image.to(self.dtype)
 
-    def _embed_text(self, text: Tensor, lengths: Tensor | list[int] | None) -> tuple[Tensor, Layout, tuple[Tensor, Tensor]]:
-        """Packed token states [T, C], their layout, and where each stood in ``text``: (row [T], position [T])."""
+    @torch.compiler.disable(reason="texts have any lengths: call model.encode_text(model.pack(text, lengths))")
+    def pack(self, text: Tensor, lengths: Tensor | list[int] | None = None) -> Packed:
+        """text [B, L ≤ context_length] of token ids -> the tokens up to the end token of each row, on the device of ``text``.
+
+        Args:
+            lengths: B counts of tokens up to and including the end token, on the host, as ``tokenize(…, return_lengths=True)``
+                gives them; None: up to the first end token, the last of the vocabulary. On a GPU that waits for the device
+                once; with ``lengths`` nothing waits, and the ids are not checked.
+
+        Raises:
+            ValueError: a shape or a length does not fit, an id is not in the vocabulary, a row has no end token.
+            TypeError: ``text`` is not of integers.
+        """
         if text.ndim != 2 or text.shape[1] > self.context_length:
             raise ValueError(
                 f"encode_text: expected token ids [B, L ≤ {self.context_length}], got {list(text.shape)}; see tokenize"
             )
         if text.is_floating_point():
             raise TypeError(f"encode_text: expected integer token ids, got {text.dtype}; see tokenize")
-        if lengths is None:
-            lengths = text.argmax(dim=-1).cpu() + 1
-        lengths = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
-        if lengths.shape != text.shape[:1]:
-            raise ValueError(f"encode_text: expected {text.shape[0]} lengths, got {list(lengths.shape)}")
-        starts = F.pad(lengths.cumsum(0), (1, 0))
-        row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        position = torch.arange(len(row)) - starts[row]
-        row, position, starts = (t.to(text.device, non_blocking=True) for t in (row, position, starts))
-        s = self.token_embedding(text[row, position]).to(self.dtype) + self.positional_embedding.to(self.dtype)[position]
-        layout = Layout(starts[1:] - 1, True, starts.int(), int(lengths.max()) if len(lengths) else 0)
-        return s, layout, (row, position)
+        B, L = text.shape
+        if text.numel() and (lengths is None or text.device.type == "cpu"):
+            first, least, most = torch.stack([text.argmax(1), text.amin(1), text.amax(1)]).cpu()  # one transfer
+            self._check_ids(least, most, lengths is None)
+            lengths = first + 1 if lengths is None else lengths
+        lengths = torch.as_tensor([] if lengths is None else lengths, dtype=torch.int64, device="cpu")
+        if lengths.shape != (B,):
+            raise ValueError(f"encode_text: expected {B} lengths, got {list(lengths.shape)}")
+        if ((lengths < 1) | (lengths > L)).any():
+            wrong = int(((lengths < 1) | (lengths > L)).nonzero()[0])
+            raise ValueError(f"encode_text: expected lengths of 1 to {L} tokens, got {int(lengths[wrong])} in row {wrong}")
+        ends = F.pad(lengths.cumsum(0), (1, 0))
+        row = torch.repeat_interleave(torch.arange(B), lengths)
+        position = torch.arange(len(row)) - ends[row]
+        row, position, ends = (t.to(text.device, non_blocking=True) for t in (row, position, ends))
+        return Packed(text[row, position], position, ends.int(), int(lengths.max()) if B else 0)
+
+    def _check_ids(self, least: Tensor, most: Tensor, ended: bool) -> None:
+        """The least and the greatest id of every row [B], on the host; ``ended``: whether each row needs an end token."""
+        end = self.vocab_size - 1
+        wrong = (least < 0) | (most > end)
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"encode_text: expected ids of 0 to {end}, got {int(least[row])} to {int(most[row])} in row {row}; see tokenize"
+            )
+        if ended and (most < end).any():
+            row = int((most < end).nonzero()[0])
+            raise ValueError(
+                f"encode_text: expected the end token, id {end}, in every row, got none in row {row}; see tokenize, or give "
+                "lengths"
+            )
+
+    def _embed_text(self, packed: Packed) -> tuple[Tensor, Layout]:
+        """Packed token states [T, C] and their layout."""
+        s = self.token_embedding(packed.ids).to(self.dtype) + self.positional_embedding.to(self.dtype)[packed.position]
+        # A compiled tower is not compiled again for a longer text.
+        longest = self.context_length if torch.compiler.is_compiling() else packed.max_length
+        return s, Layout(packed.cu_seqlens[1:] - 1, True, packed.cu_seqlens, longest)
 
 
 def __getattr__(name: str) -> Any:

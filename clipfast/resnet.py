@@ -9,16 +9,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipfast.kernels import batch_norm, pooling
+from clipfast.kernels import batch_norm, linear, pooling
 
 
 def _batch_norm(bn: Any, x: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
     """relu(bn(x) + residual), in one pass where the module is plain batch norm in training."""
+    if isinstance(bn, nn.Identity):  # folded into the convolution, whose gradient needs no output: in place
+        y = x if residual is None else x.add_(residual)
+        return F.relu_(y) if relu else y
     if not bn.training or type(bn) is not nn.BatchNorm2d or bn.momentum is None or bn.num_batches_tracked is None:
         y = bn(x) if residual is None else bn(x) + residual
         return F.relu(y) if relu else y
     bn.num_batches_tracked.add_(1)
     return batch_norm(x, bn.weight, bn.bias, residual, relu, bn.eps, bn.running_mean, bn.running_var, bn.momentum)
+
+
+def _fold(home: nn.Module, conv: str, bn: str) -> None:
+    """Scale the convolution and give it a bias so that it does what the batch norm in eval mode does, which goes."""
+    old, norm = getattr(home, conv), getattr(home, bn)
+    if isinstance(norm, nn.Identity):
+        return
+    with torch.no_grad():
+        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        old.bias = nn.Parameter((norm.bias.double() - norm.running_mean.double() * scale).to(old.weight.dtype))
+        weight = (old.weight.double() * scale[:, None, None, None]).to(old.weight.dtype)
+        old.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last))
+    old.requires_grad_(False)
+    setattr(home, bn, nn.Identity())
 
 
 class Bottleneck(nn.Module):
@@ -68,7 +85,7 @@ class AttentionPool(nn.Module):
         q, k, v = self.q_proj, self.k_proj, self.v_proj
         y = pooling(x, x[:, 0], q.weight, q.bias, k.weight, v.weight, v.bias, self.heads)
         # The bias of the keys cancels in the softmax; it still gets its gradient, zero, since DDP waits for every parameter's.
-        return self.c_proj(y + 0 * k.bias)
+        return linear(y + 0 * k.bias, self.c_proj.weight, self.c_proj.bias)
 
 
 class ModifiedResNet(nn.Module):
@@ -90,6 +107,14 @@ class ModifiedResNet(nn.Module):
                 inplanes = 4 * planes
             setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
         self.attnpool = AttentionPool(input_resolution // 32, inplanes, heads, output_dim)
+
+    def fold_batch_norms(self) -> None:
+        """Put every batch norm, as it is in eval mode, into the convolution before it: for inference, in place."""
+        for module in [self, *(m for m in self.modules() if isinstance(m, Bottleneck))]:
+            for i in (1, 2, 3):
+                _fold(module, f"conv{i}", f"bn{i}")
+            if isinstance(module, Bottleneck) and module.downsample is not None:
+                _fold(module.downsample, "0", "1")
 
     def states(self, x: Tensor) -> list[Tensor]:
         """x [B, 3, R, R] -> the feature map [B, C, h, w] after each of the four stages."""

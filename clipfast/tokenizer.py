@@ -76,6 +76,7 @@ class SimpleTokenizer:
             merges = [(left, right) for left, right in map(str.split, file.readlines()[1:])]  # line 0 is a heading
         self.byte_encoder = byte_alphabet()
         self.byte_decoder = {character: byte for byte, character in self.byte_encoder.items()}
+        self.merges = merges
         letters = list(self.byte_encoder.values())
         vocabulary = [*letters, *(x + "</w>" for x in letters), *(left + right for left, right in merges), START, END]
         self.encoder = {token: i for i, token in enumerate(vocabulary)}

@@ -68,7 +68,7 @@ def load(
     """A model in eval mode, and the transform that makes its input from an image.
 
     name: one of `available_models()`; a TorchScript archive, state dict, open_clip checkpoint or safetensors file; a
-      folder of open_clip or transformers, or its `hf-hub:organisation/name[@revision]`.
+      folder of open_clip or transformers, or its `hf-hub:organisation/name[@revision]`; a checkpoint of clipfast.train.
     device: default "cuda" if there is one, else "cpu". Weights are float32 on the CPU, else as by `convert_weights`.
     jit: accepted for OpenAI's callers; clipfast has no TorchScript model and returns the same eager one, with a warning.
     download_root: where downloads are kept: default ~/.cache/clip, and the Hugging Face cache for `hf-hub:`.
@@ -85,6 +85,10 @@ def load(
         sizes, state = _from_file(_download(URLS[where], Path(download_root or "~/.cache/clip").expanduser()))
     elif where.startswith("hf-hub:"):
         sizes, state = _from_folder(where, _hub_finder(where.removeprefix("hf-hub:"), download_root))
+    elif os.path.isfile(os.path.join(where, ".metadata")):  # a checkpoint of clipfast.train
+        from .checkpoint import weights  # here, as it brings in torch.distributed
+
+        sizes, state = _from_checkpoint(where, weights(where))
     elif os.path.isdir(where):
         sizes, state = _from_folder(where, lambda file: path if (path := Path(where, file)).is_file() else None)
     elif os.path.isfile(where):
@@ -120,6 +124,21 @@ def convert_weights(model: nn.Module) -> None:
         halved += [own[name] for name in ("in_proj_weight", "in_proj_bias", "text_projection", "proj") if name in own]
         for parameter in halved:
             parameter.data = parameter.data.half()
+
+
+def beyond_shapes(model: CLIP) -> Sizes:
+    """Arguments of CLIP that the shapes of its weights do not tell, as `model_config` in clipfast's own files."""
+    visual: Any = model.visual
+    first = visual.transformer.resblocks[0].attn if hasattr(visual, "transformer") else visual.attnpool
+    text: Any = model.transformer.resblocks[0].attn
+    heads = {"vision_heads": first.heads, "transformer_heads": text.heads}
+    return {"quick_gelu": model.quick_gelu, "image_resolution": visual.input_resolution} | heads
+
+
+def from_tensors(state: Mapping[str, Tensor], model_config: Sizes) -> CLIP:
+    """A model in eval mode that holds copies of these tensors, whose device and dtypes it has."""
+    sizes, named = _from_state("the model", state)
+    return _assemble("the model", sizes | model_config, named).eval()
 
 
 @torch.enable_grad()  # so that requires_grad survives joining and transposing
@@ -190,9 +209,12 @@ def _assemble(where: str, sizes: Sizes, state: State, dtype: torch.dtype | None 
 
 
 def _from_file(path: Path) -> tuple[Sizes, State]:
-    checkpoint = _read(path)
-    sizes, state = _from_state(str(path), checkpoint.get("state_dict", checkpoint))
-    return sizes | checkpoint.get("model_config", {}), state  # clipfast's own checkpoints carry `model_config`
+    return _from_checkpoint(str(path), _read(path))
+
+
+def _from_checkpoint(where: str, checkpoint: dict[str, Any]) -> tuple[Sizes, State]:
+    sizes, state = _from_state(where, checkpoint.get("state_dict", checkpoint))
+    return sizes | checkpoint.get("model_config", {}), state  # clipfast's own files carry `model_config`
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -200,7 +222,10 @@ def _read(path: Path) -> dict[str, Any]:
     path.open("rb").close()  # if it may not be read, Python's own error says so
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            with safetensors.safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {}).get("model_config", "{}"))
+            state = safetensors.torch.load_file(path)
+            return {"state_dict": state, "model_config": about} if about else state
         if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
             return torch.jit.load(str(path), map_location="cpu").state_dict()
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -511,7 +536,7 @@ _TRANSFORMERS = {  # its defaults, which a saved config.json leaves out
         **{"num_attention_heads": 8, "max_position_embeddings": 77, "vocab_size": 49408, "eos_token_id": 49407},
     },
 }
-_TRANSFORMERS_NAMES = {  # parts of names, theirs -> OpenAI's; then q, k, v are joined and the projections transposed
+TRANSFORMERS_NAMES = {  # parts of names, theirs -> OpenAI's; then q, k, v are joined and the projections transposed
     "text_projection.weight": "text_projection",
     "visual_projection.weight": "visual.proj",
     "text_model.embeddings.token_embedding.": "token_embedding.",
@@ -564,7 +589,7 @@ def _rename_transformers(tensors: Mapping[str, Tensor]) -> State:
     state: State = {}
     for name, tensor in tensors.items():
         if not name.endswith("embeddings.position_ids"):  # 0, 1, 2, ...: a buffer that old versions saved
-            for theirs, ours in _TRANSFORMERS_NAMES.items():
+            for theirs, ours in TRANSFORMERS_NAMES.items():
                 name = name.replace(theirs, ours)
             state[name] = tensor.T if name in ("text_projection", "visual.proj") else tensor
     for query in [name for name in state if ".attn.q_proj." in name]:

@@ -22,7 +22,7 @@ from clipfast.kernels import passed
 
 # A CUDA C++ kernel counts only on a GPU that has passed it (passed.py); elsewhere it runs only when forced.
 AUTOMATIC = {"cpu": ("cpu", "onednn", "torch"), "cuda": ("cuda", "triton", "torch")}
-BACKENDS = ("cuda", "triton", "cpu", "torch", "onednn")
+BACKENDS = ("cuda", "triton", "cpu", "torch", "onednn", "flash_attn", "xformers")
 
 OPS: dict[str, Op] = {}
 LIBRARY = torch.library.Library("clipfast", "DEF")
@@ -126,7 +126,8 @@ class Op:
         try:
             return importlib.import_module(f"{self.home}.{'spec' if name == 'torch' else name}")
         except ModuleNotFoundError as error:
-            return f"no module {error.name}"
+            own = (error.name or "").startswith(self.home)
+            return f"{self.name} has no {name} backend" if own else f"no module {error.name}"
 
     def choose(self, *args: Any) -> tuple[str, Any]:
         """Name and backend that run these arguments; NoBackend with every reason where none does."""

@@ -150,7 +150,7 @@ inline int64_t share(int64_t count, int64_t most, int64_t unit) {
 
 inline const float* floats(const Tensor& t) { return static_cast<const float*>(t.data_ptr()); }
 inline float* mutable_floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
-inline float value(const Tensor& scalar) { return *floats(to(scalar, torch::headeronly::ScalarType::Float)); }
+inline Tensor in_fp32(const Tensor& x) { return contiguous(to(x, torch::headeronly::ScalarType::Float)); }
 
 template <class F>
 void each(int64_t count, const F& f) {
@@ -208,7 +208,7 @@ void sweep(
       });
       if (text_grad)
         each(widths * panels, [&](int64_t t) {
-          const int64_t d = t / panels, p = t % panels, c = p * kPanel;
+          const int64_t p = t / widths, d = t % widths, c = p * kPanel;
           turned_product(
               S + p * row_panel, I + d * row_panel, text_grad + (j + c) * D + d * kPanel, D, std::min(kPanel, columns - c),
               std::min(kPanel, D - d * kPanel), rows, i > 0);

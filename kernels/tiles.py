@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # Rows and bytes of columns of a block of G: 8,192 × 16,384 in 16 bit are 256 MB. For each product the fp32 gradient is read and
 # written, 8·D bytes a row, once in 16,384 or 8,192 terms of 2·D FLOPs: both together 6 % of their time at 4.3 TB/s and
 # 750 TFLOP/s, were nothing of it overlapped. A block that stays in L2 (4,096²: 32 MB) makes that 17 % and at D = 768 fills 73 %
-# of one wave with 96 tiles of 128 × 256. G itself passes HBM in vain, 6 bytes for 6·D FLOPs: 0.7 TB/s. Below 8,192 rows a block
+# of one wave with 96 tiles of 128 × 256. G itself passes HBM in vain, 6 bytes for 6·D FLOPs: 0.9 TB/s. Below 8,192 rows a block
 # is all of G: once in 16 bit what eager holds several times.
 ROWS, COLUMN_BYTES = 8192, 32768
 # Whole numbers among kernels' arguments that no address depends on: another batch or offset compiles nothing anew.

@@ -95,6 +95,50 @@ def test_train_then_eval_then_embed(capsys, tmp_path):
     assert f"3 parts in {tmp_path / 'out'}" in capsys.readouterr().out
 
 
+def test_train_from_a_file_with_validation_then_export(capsys, tmp_path):
+    data = write_shards(tmp_path / "data")
+    (tmp_path / "run.toml").write_text(f"""
+        data = '{data}'
+        model = {{ {", ".join(f"{name} = {value}" for name, value in SIZES.items())} }}
+        out = '{tmp_path / "run"}'
+        steps = 9
+        batch_size = 6
+        workers = 1
+        device = 'cpu'
+        tensorboard = false
+        val_data = '{data}'
+        val_task = 'retrieval'
+        val-every = 2
+    """)
+    assert run("train", f"@{tmp_path / 'run.toml'}", "--steps", 4) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["steps"], config["batch_size"], config["tensorboard"], config["model"]) == (4, 6, False, SIZES)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4] and lines[0]["captions"] == 24
+    assert run("eval", data, "--task", "retrieval", "--model", tmp_path / "run" / "model.pt", "--device", "cpu") == 0
+    last = dict(line.split() for line in capsys.readouterr().out.splitlines()[1:])
+    assert last["image_to_text_R@5"] == f"{lines[1]['image_to_text_R@5']:.2%}"
+
+    for model in ("model.pt", "checkpoints/step_00000004"):
+        out = tmp_path / model.replace("/", "-")
+        assert run("export", tmp_path / "run" / model, out, "--layout", "transformers") == 0
+        assert capsys.readouterr().out.strip() == str(out) and (out / "config.json").exists()
+    assert "expected nothing at" in refused(capsys, "export", tmp_path / "run" / "model.pt", out)
+
+
+def test_bad_option_files(capsys, tmp_path):
+    for text, said in (("steps = ", "expected a TOML file"), ("stepz = 3", "unrecognized arguments: --stepz=3")):
+        (tmp_path / "run.toml").write_text(f"data = 'x'\n{text}\n")
+        with pytest.raises(SystemExit) as caught:
+            run("train", f"@{tmp_path / 'run.toml'}")
+        assert caught.value.code == 2 and said in capsys.readouterr().err
+    table = write_table(tmp_path / "table")
+    small = ["--model", json.dumps(SIZES), "--steps", 2, "--batch-size", 4, "--device", "cpu", "--out", tmp_path / "out"]
+    assert "val_data and val_every together" in refused(capsys, "train", table, *small, "--val-every", 2)
+    assert "got 2 of 4" not in refused(capsys, "train", table, *small, "--val-data", table, "--val-every", 2, "--val-task", "x")
+    assert not (tmp_path / "out").exists()
+
+
 def test_info_and_running_as_a_module():
     """In a process of its own: the entry of the file, the exit code, and one line on stderr."""
     done = subprocess.run([sys.executable, "-m", "clipfast.cli", "info"], capture_output=True, text=True)
@@ -104,7 +148,12 @@ def test_info_and_running_as_a_module():
 
 
 def test_every_field_is_a_flag_with_help(capsys):
-    for command, kinds in (("train", [DataConfig, TrainConfig]), ("eval", [DataConfig, cli.Eval]), ("embed", [cli.Embed])):
+    for command, kinds in (
+        ("train", [DataConfig, TrainConfig, cli.Validation]),
+        ("export", [cli.Export]),
+        ("eval", [DataConfig, cli.Eval]),
+        ("embed", [cli.Embed]),
+    ):
         with pytest.raises(SystemExit) as caught:
             run(command, "--help")
         assert caught.value.code == 0
@@ -114,8 +163,8 @@ def test_every_field_is_a_flag_with_help(capsys):
                 assert f"--{field.name.replace('_', '-')}" in text or f"  {field.name} " in text
     defaults = cli._parser().parse_args(["train", "x"])
     assert vars(defaults) == {"command": "train", "data": "x"}  # what is not given keeps the dataclass's default
-    given = vars(cli._parser().parse_args(["train", "x", "--lr", "1e-3", "--steps", "7", "--resume", "--no-progress"]))
-    assert (given["lr"], given["steps"], given["resume"], given["progress"]) == (1e-3, 7, True, False)
+    given = vars(cli._parser().parse_args(["train", "x", "--lr", "1e-3", "--steps", "7", "--resume", "auto", "--no-progress"]))
+    assert (given["lr"], given["steps"], given["resume"], given["progress"]) == (1e-3, 7, "auto", False)
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------------------

@@ -3,11 +3,15 @@
 import io
 import json
 import logging
+import os
 import random
+import re
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -19,6 +23,7 @@ from clipfast.data import (
     Sample,
     Shards,
     Tally,
+    from_arrays,
     output_folder,
     random_square,
     read_folder,
@@ -26,7 +31,7 @@ from clipfast.data import (
     replacing,
     training_batches,
 )
-from clipfast.image import MEAN, STD, Preprocess
+from clipfast.image import Preprocess, read_image
 from clipfast.tokenizer import tokenize
 
 R = 32
@@ -91,8 +96,9 @@ def numbers(batches: list[Batch]) -> list[int]:
     found = []
     for batch in batches:
         captions = [NUMBER_OF[tuple(row.tolist())] for row in batch.tokens]
-        expected = (torch.tensor([colour(n) for n in captions]) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
-        torch.testing.assert_close(batch.pixels, expected[:, :, None, None].expand(-1, -1, R, R), atol=1e-5, rtol=0)
+        expected = torch.tensor([colour(n) for n in captions], dtype=torch.uint8)
+        assert torch.equal(batch.pixels, expected[:, :, None, None].expand(-1, -1, R, R))
+        assert batch.keys is not None and [int(re.sub(r"\D", "", key)) for key in batch.keys] == captions
         found += captions
     return found
 
@@ -120,7 +126,7 @@ def test_a_shard_gives_key_image_caption_and_metadata(tmp_path):
 
 def test_batches_have_the_shapes_and_types_of_the_model(where):
     (batch,) = take(where, 1)
-    assert batch.pixels.shape == (5, 3, R, R) and batch.pixels.dtype == torch.float32
+    assert batch.pixels.shape == (5, 3, R, R) and batch.pixels.dtype == torch.uint8
     assert batch.tokens.shape == (5, 77) and batch.tokens.dtype == torch.int32
     assert batch.lengths.dtype == torch.int64 and batch.labels is None
     assert torch.equal(batch.lengths, batch.tokens.argmax(1) + 1)
@@ -182,15 +188,15 @@ def test_loading_leaves_the_global_random_state_alone(where):
 
 def test_random_square_is_a_window_of_the_resized_image():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 96, 3), np.uint8))
-    resized = np.asarray(image.resize((64, 32), Image.Resampling.BICUBIC))
+    resized = np.asarray(image.resize((64, 32), Image.Resampling.BICUBIC)).astype(int)
     rng, seen = random.Random(0), set()
     for _ in range(400):
-        crop = np.asarray(random_square(image, 32, rng))
-        (left,) = [x for x in range(33) if np.array_equal(crop, resized[:, x : x + 32])]
+        crop = random_square(image, 32, rng).permute(1, 2, 0).numpy().astype(int)
+        (left,) = [x for x in range(33) if abs(crop - resized[:, x : x + 32]).max() <= 1]
         seen.add(left)
     assert seen == set(range(33))
-    square = image.crop((0, 0, 48, 48))
-    torch.testing.assert_close(Preprocess(R)(random_square(square, R, rng)), Preprocess(R)(square), atol=1e-6, rtol=0)
+    square = Image.fromarray(resized[:, :32].astype(np.uint8))
+    assert np.array_equal(random_square(square, R, rng).permute(1, 2, 0), np.asarray(square))
 
 
 def test_crops_are_each_sample_s_own(tmp_path):
@@ -240,13 +246,36 @@ def test_too_many_bad_samples_are_an_error(tmp_path, workers):
     assert len(take(where, 40, workers=workers, max_bad=0.4)) == 40
 
 
-def test_shards_come_through_pipes(tmp_path):
+def test_shards_come_through_pipes_and_fsspec(tmp_path):
     path = Path(write_shards(tmp_path, shards=1)).parent / "000.tar"
-    assert list(Shards(f"pipe:cat {path}").samples()) == list(Shards(str(path)).samples())
-    with pytest.raises(ValueError, match="shard pipe:cat .*: expected a readable tar.*exit 3"):
-        list(Shards(f"pipe:cat {path}; exit 3").samples())
-    with pytest.raises(ValueError, match="shard pipe:exit 6: expected a readable tar"):
-        list(Shards("pipe:exit 6").samples())
+    whole = list(Shards(str(path)).samples())
+    assert list(Shards(f"pipe:cat {path}").samples()) == whole
+    assert list(Shards(f"file://{path}").samples()) == whole
+    with fsspec.open("memory://shards/000.tar", "wb") as file:
+        file.write(path.read_bytes())
+    assert list(Shards("memory://shards/000.tar").samples()) == whole
+    for url, reason in ((f"pipe:cat {path}; exit 3", "exit 3"), ("pipe:exit 6", ""), ("memory://shards/none.tar", "none")):
+        *_, last = Shards(url).samples()
+        assert last.error.startswith(f"shard {url}: expected a readable tar") and reason in last.error
+
+
+def truncated(path: Path, keep: float = 0.5) -> None:
+    os.truncate(path, int(path.stat().st_size * keep))
+
+
+def test_a_truncated_shard_gives_what_it_has_and_is_counted(tmp_path, caplog):
+    where = write_shards(tmp_path, shards=4, each=6)
+    truncated(tmp_path / "001.tar")
+    with caplog.at_level(logging.WARNING):
+        found = numbers(take(where, 11, batch_size=4))
+    assert set(range(24)) - set(range(6, 12)) < set(found) and 6 in found and 11 not in found
+    assert f"skipped shard {tmp_path / '001.tar'}: expected a readable tar" in caplog.text
+    straight = take(where, 9, workers=2)
+    assert_equal(take(where, 3, start=6, workers=2), straight[6:])  # the place of the break is one sample's
+    truncated(tmp_path / "002.tar")
+    with pytest.raises(ValueError, match="expected at most 10% unreadable shards, got 2 of 4, last shard .*00[12].tar"):
+        take(where, 40)
+    assert len(take(where, 40, max_bad=0.5)) == 40
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -256,16 +285,84 @@ def test_a_shard_that_is_no_tar_is_named(tmp_path, workers):
     with pytest.raises(ValueError, match=f"shard {path}: expected a readable tar") as caught:
         take(str(path), 1, workers=workers)
     assert "\n" not in str(caught.value)
-    write_tar(path, {"a.png": png(1), "a.txt": b"one"})
-    path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(ValueError, match=f"shard {path}: expected a readable tar"):
-        take(str(path), 1, workers=workers)
 
 
-def test_bad_metadata_names_its_sample(tmp_path):
-    write_tar(tmp_path / "a.tar", {"x.png": png(1), "x.json": b"{"})
-    with pytest.raises(ValueError, match="sample x: expected a JSON object"):
-        list(Shards(str(tmp_path / "a.tar")).samples())
+def test_bad_metadata_costs_its_sample_alone(tmp_path):
+    files = {"x.png": png(1), "x.json": b"{", "y.png": png(2), "y.cls": b"two", "z.png": png(3), "z.txt": b"three"}
+    write_tar(tmp_path / "a.tar", files)
+    x, y, z = Shards(str(tmp_path / "a.tar")).samples()
+    assert x.error.startswith("expected a JSON object") and y.key == "y" and y.error and not z.error
+    (batch,) = take(str(tmp_path / "a.tar"), 1, batch_size=3, max_bad=0.9)
+    assert batch.keys == ["z"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_share_out_the_same_batches(where, workers):
+    """Four streams: what one rank gets is what two and four get together, and that from any step on."""
+
+    def of(rank: int, world: int, start: int = 0) -> list[Batch]:
+        config = DataConfig(where, workers=0 if Path(where).suffix == ".tar" else workers, streams=4)
+        stream = training_batches(config, R, 8, rank=rank, world=world)(start)
+        return [next(stream) for _ in range(5)]
+
+    alone = of(0, 1)
+    assert set(numbers(alone)) == set(range(24))
+    for world in (2, 4):
+        ranks = [of(rank, world) for rank in range(world)]
+        for step, whole in enumerate(alone):
+            for field in ("pixels", "tokens", "lengths"):
+                assert torch.equal(torch.cat([getattr(rank[step], field) for rank in ranks]), getattr(whole, field))
+    assert_equal(of(1, 2, 3)[:2], of(1, 2)[3:])
+    with pytest.raises(ValueError, match="expected streams that 3 ranks can share evenly"):
+        of(0, 3)
+    with pytest.raises(ValueError, match="for each of 100 streams, got"):
+        training_batches(DataConfig(where, streams=100), R, 100)
+
+
+def test_pairs_in_memory_and_photos_scaled_as_they_are_decoded():
+    rng = np.random.default_rng(0)
+    waves = np.add.outer(np.sin(np.arange(600) / 40), np.cos(np.arange(800) / 30))[..., None] * [40, 50, 60]
+    photo = (127 + waves + rng.normal(0, 3, (600, 800, 3))).clip(0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(photo).save(file, "JPEG", quality=90)
+    stream = training_batches(DataConfig("memory", workers=0), 64, 2, source=from_arrays([photo, file.getvalue()], ["a", "b"]))(
+        0
+    )
+    batch = next(stream)
+    assert batch.pixels.shape == (2, 3, 64, 64) and batch.keys is not None and sorted(batch.keys) == ["0", "1"]
+    for seed in range(3):
+        exact, scaled = (
+            random_square(read_image(file.getvalue(), at_least).convert("RGB"), 64, random.Random(seed))
+            for at_least in (0, 128)
+        )
+        assert 0 < (exact.float() - scaled.float()).abs().mean() < 2
+    assert read_image(file.getvalue(), 128).size == (200, 150) and read_image(file.getvalue()).size == (800, 600)
+    with pytest.raises(ValueError, match="got 1 images and 2 captions"):
+        from_arrays([photo], ["a", "b"])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_other_tables(tmp_path, kind):
+    write_table(tmp_path, 6)
+    rows = [{"path": f"{n}.png", "caption": caption(n), "more": n} for n in range(6)] + [{"path": "2.png", "caption": None}]
+    table = tmp_path / f"pairs.{kind}"
+    if kind == "jsonl":
+        table.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), table)
+    assert sorted(numbers(take(str(table), 1, batch_size=7))) == list(range(6))
+    with pytest.raises(ValueError, match="title is missing"):
+        DataConfig(str(table), caption_column="title").open()
+    table.write_text("[1]\n")
+    with pytest.raises(ValueError, match="line 1: expected a JSON object" if kind == "jsonl" else "expected a Parquet table"):
+        DataConfig(str(table)).open()
+
+
+def test_parquet_without_pyarrow_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match="expected pyarrow to read Parquet"):
+        DataConfig(str(tmp_path / "pairs.parquet")).open()
 
 
 def test_missing_sources_are_named(tmp_path):

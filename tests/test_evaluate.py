@@ -22,6 +22,7 @@ from clipfast.evaluate import (
     zero_shot_weights,
 )
 from clipfast.image import Preprocess
+from clipfast.job import Job
 from clipfast.model import CLIP
 from clipfast.tokenizer import tokenize
 from tests.test_data import caption, png, write_shards, write_table, write_tar
@@ -318,8 +319,65 @@ def test_samples_without_an_image_are_counted(model):
     class Source:
         parts = 1
 
-        def samples(self, *_):
+        def samples(self, *_, **__):
             return iter([Sample("x", None, "text", {})])
 
     with pytest.raises(ValueError, match="got 1 of 1, last x: expected an image"):
         retrieval_source(model, PREPROCESS, Source())
+
+
+# ---- over ranks --------------------------------------------------------------------------------------------------------------
+
+
+class Others(Job):
+    """This process as each of several ranks in turn: what the earlier ones told is played to the later ones."""
+
+    def __init__(self, rank: int, world: int, told: list[list]) -> None:
+        super().__init__(rank, world, torch.device("cpu"))
+        self.told, self.calls = told, 0
+
+    def gather(self, value):
+        if self.calls == len(self.told):
+            self.told.append([])
+        told = self.told[self.calls]
+        told[self.rank : self.rank + 1] = [value]
+        self.calls += 1
+        for given in told:
+            if isinstance(given, Exception):
+                raise given
+        return told
+
+
+def over_ranks(measure, world: int) -> dict[str, float]:
+    """The last rank's result once all have told what they have; two passes, as what is told second depends on the first."""
+    told: list[list] = []
+    for _ in range(2):
+        for rank in range(world):
+            result = measure(Others(rank, world, told))
+    return result
+
+
+@pytest.mark.parametrize("world", [2, 5])
+@pytest.mark.parametrize("kind", ["shards", "table"])
+def test_retrieval_over_ranks_is_that_of_one(model, tmp_path, kind, world):
+    where = write_shards(tmp_path) if kind == "shards" else write_table(tmp_path)
+    if kind == "table":  # a second caption for some images, whose rows come to other ranks
+        with open(where, "a") as file:
+            file.write("".join(f"{n}.png,another {n}\n" for n in range(7)))
+    source = DataConfig(where).open()
+    alone = retrieval_source(model, PREPROCESS, source)
+    assert over_ranks(lambda job: retrieval_source(model, PREPROCESS, source, job=job), world) == alone
+    assert alone["captions"] == (24 if kind == "shards" else 31)
+
+
+@pytest.mark.parametrize("world", [2, 7])
+def test_zero_shot_over_ranks_is_that_of_one(model, tmp_path, world):
+    for number in range(6):
+        (tmp_path / f"class {number % 4}").mkdir(exist_ok=True)
+        (tmp_path / f"class {number % 4}" / f"{number}.png").write_bytes(png(number * 31))
+    source = read_folder(tmp_path)
+    alone = zero_shot_source(model, PREPROCESS, source)
+    assert over_ranks(lambda job: zero_shot_source(model, PREPROCESS, source, job=job), world) == alone
+    (tmp_path / "class 3" / "3.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="unreadable samples"):
+        over_ranks(lambda job: zero_shot_source(model, PREPROCESS, read_folder(tmp_path), job=job), world)

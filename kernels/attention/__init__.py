@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from clipfast.kernels import dispatch
 
-_FORWARD = "(Tensor qkv, Tensor? cu_seqlens, int heads, bool causal, int max_length) -> (Tensor out, Tensor lse)"
+_FORWARD = "(Tensor qkv, Tensor? cu_seqlens, int heads, bool causal, SymInt max_length) -> (Tensor out, Tensor lse)"
 _BACKWARD = (
-    "(Tensor dout, Tensor out, Tensor lse, Tensor qkv, Tensor? cu_seqlens, int heads, bool causal, int max_length)"
+    "(Tensor dout, Tensor out, Tensor lse, Tensor qkv, Tensor? cu_seqlens, int heads, bool causal, SymInt max_length)"
     " -> Tensor dqkv"
 )
 
@@ -99,7 +101,7 @@ def _supports_cpu(*args: object) -> str | None:
 def _fake(qkv, cu_seqlens, heads, causal, max_length):
     C = qkv.shape[-1] // 3
     lse_dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    return qkv.new_empty((*qkv.shape[:-1], C)), qkv.new_empty((heads, qkv.shape[:-1].numel()), dtype=lse_dtype)
+    return qkv.new_empty((*qkv.shape[:-1], C)), qkv.new_empty((heads, math.prod(qkv.shape[:-1])), dtype=lse_dtype)
 
 
 def _fake_backward(dout, out, lse, qkv, cu_seqlens, heads, causal, max_length):

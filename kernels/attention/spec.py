@@ -17,7 +17,13 @@ CASES: dict[str, dict[str, Any]] = {
     "L197": dict(lengths=(197,)),
     "L257": dict(lengths=(257,)),
     "L577, causal": dict(lengths=(577,), causal=True),
+    "L1024, causal": dict(lengths=(1024,), causal=True),
     "L131 K32": dict(lengths=(131,), K=32),
+    "L577 K32, causal": dict(lengths=(577,), K=32, causal=True),
+    "L257 K80": dict(lengths=(257,), K=80),
+    "L77 K128, causal": dict(lengths=(77,), K=128, causal=True),
+    "packed K96, causal": dict(lengths=(1, 40, 0, 77), heads=2, K=96, causal=True, packed=True),
+    "packed K32": dict(lengths=(0, 33, 1), heads=2, K=32, packed=True),
     "L37 K80": dict(lengths=(37,), K=80),
     "L50 K96, causal": dict(lengths=(50,), K=96, causal=True),
     "L29 K128": dict(lengths=(29,), heads=2, K=128),
@@ -43,6 +49,14 @@ BENCH: dict[str, dict[str, Any]] = {
     "B/16": dict(lengths=(197,) * 8, heads=12),
     "L/14": dict(lengths=(257,) * 4, heads=16),
     "L/14@336": dict(lengths=(577,) * 2, heads=16),
+}
+BENCH_GPU: dict[str, dict[str, Any]] = {  # what fills a GPU
+    "B/32 x 1024": dict(lengths=(50,) * 1024, heads=12),
+    "text of 12 x 4096": dict(lengths=(9, 12, 15, 7, 17, 10, 14, 12) * 512, heads=8, causal=True, packed=True),
+    "text of 77 x 1024": dict(lengths=(77,) * 1024, heads=8, causal=True),
+    "B/16 x 256": dict(lengths=(197,) * 256, heads=12),
+    "L/14 x 256": dict(lengths=(257,) * 256, heads=16),
+    "L/14@336 x 64": dict(lengths=(577,) * 64, heads=16),
 }
 
 

@@ -116,12 +116,15 @@ def _query_side(q, stride_t, dout, stride_do, out, C, lse, n, length, K: tl.cons
 @triton.jit
 def _softmax_gradient(
     queries, upstream, denominator, delta, keys, values, i, j, length,
-    K: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, CAUSAL: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """P and dS of a block of queries i by a block of keys j; dS still lacks the factor 1/√K."""
     s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (K**-0.5 * _LOG2E)
     p = tl.where(_visible(i, j, length, CAUSAL), tl.exp2(s - denominator[:, None]), 0.0)
-    return p, p * (tl.dot(upstream, tl.trans(values), input_precision=PRECISION) - delta[:, None])
+    dp = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)
+    if ONE:  # the block has every key: of the same roundings as dp, so that a sole key's gradient is zero, and out is not read
+        delta = tl.sum(p * dp, 1)
+    return p, p * (dp - delta[:, None])
 
 
 @triton.jit
@@ -148,7 +151,7 @@ def _backward(
         queries, upstream, denominator, delta = _query_side(q, stride_t, dout, stride_do, out, C, lse, n, length, K, BLOCK)
         i = n + tl.arange(0, BLOCK)
         p, ds = _softmax_gradient(
-            queries, upstream, denominator, delta, keys, values, i, j, length, K, CAUSAL, PRECISION
+            queries, upstream, denominator, delta, keys, values, i, j, length, K, CAUSAL, ONE, PRECISION
         )  # fmt: skip
         dv = tl.dot(tl.trans(p).to(upstream.dtype), upstream, dv, input_precision=PRECISION)
         dk = tl.dot(tl.trans(ds).to(queries.dtype), queries, dk, input_precision=PRECISION)
@@ -161,7 +164,8 @@ def _backward(
         for n in range(0, tl.minimum(length, first + BLOCK) if CAUSAL else length, BLOCK):
             keys, values = _rows(q + C, stride_t, n, length, K, BLOCK), _rows(q + 2 * C, stride_t, n, length, K, BLOCK)
             _, ds = _softmax_gradient(
-                queries, upstream, denominator, delta, keys, values, j, n + tl.arange(0, BLOCK), length, K, CAUSAL, PRECISION
+                queries, upstream, denominator, delta, keys, values, j, n + tl.arange(0, BLOCK), length, K, CAUSAL, ONE,
+                PRECISION,
             )  # fmt: skip
             dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
     _write(dqkv, 3 * C, first, length, dq * K**-0.5, K, BLOCK)

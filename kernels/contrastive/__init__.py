@@ -141,6 +141,18 @@ def supports_cpu(image: Tensor, text: Tensor, *rest: object) -> str | None:
     return None if image.numel() and text.numel() else "expected at least one row and one column"
 
 
+def supports_cuda(image: Tensor, text: Tensor, *rest: object) -> str | None:
+    """Of the CUDA C++ kernels of both losses over all pairs."""
+    if image.device.type != "cuda" or image.dtype not in (torch.float16, torch.bfloat16):
+        return f"expected float16 or bfloat16 on CUDA, got {image.dtype} on {image.device}"
+    if (capability := torch.cuda.get_device_capability(image.device)) != (9, 0):
+        return f"expected Hopper, compute capability 9.0, got {capability[0]}.{capability[1]}"
+    D = image.shape[1]
+    if D % 8 or D > 1536:
+        return f"expected a width D that is a multiple of 8, at most 1536, got {D}"
+    return None if image.numel() and text.numel() else "expected at least one row and one column"
+
+
 def _fake(image, text, scale, offset):
     rows, columns = (x.new_empty(x.shape[0], dtype=wide(x)) for x in (image, text))
     return rows, torch.empty_like(rows), columns, torch.empty_like(columns), torch.empty_like(rows)
@@ -159,4 +171,6 @@ def fake_gradients(image: Tensor, text: Tensor, want_image: bool, want_text: boo
     )
 
 
-OP = dispatch.Op(__name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), compiled={"cpu": supports_cpu})
+OP = dispatch.Op(
+    __name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), compiled={"cpu": supports_cpu, "cuda": supports_cuda}
+)

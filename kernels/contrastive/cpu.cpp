@@ -37,10 +37,10 @@ CLIPFAST_CLONES void statistics(const Cell& cell, float* row_max, float* row_sum
     std::copy_n(most, std::min(kPanel, cell.columns - c), col_max + c);
   }
   for (int64_t i = 0; i < cell.rows; ++i) {
-    float m = -kInfinity;
-#pragma omp simd reduction(max : m)
-    for (int64_t l = 0; l < kPanel; ++l) m = larger(lanes[i][l], m);
-    row_max[i] = m;
+    float* const m = lanes[i];
+#pragma omp simd
+    for (int64_t l = 0; l < 16; ++l) m[l] = larger(larger(m[l], m[l + 16]), m[l + 32]);
+    row_max[i] = *std::max_element(m, m + 16);
   }
   std::fill_n(lanes[0], cell.rows * kPanel, 0.0f);
   for (int64_t c = 0; c < cell.columns; c += kPanel) {
@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const int64_t chunks = ceil_div(std::min(n, kBlockRows), kChunk);
   std::vector<float> part_max(chunks * N), part_sum(chunks * N);
   sweep(
-      image, text, value(scale), nullptr, nullptr,
+      image, text, *floats(in_fp32(scale)), nullptr, nullptr,
       [&](const Cell& cell) {
         float most[kChunk], sum[kChunk];
         const int64_t part = cell.i / kChunk % chunks * N + cell.j;
@@ -121,13 +121,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 std::tuple<Tensor, Tensor> backward(
     const Tensor& image_, const Tensor& text_, const Tensor& scale, int64_t offset, const Tensor& row_lse_, const Tensor& col_lse_,
     const Tensor& row_grad_, const Tensor& col_grad_, const Tensor& diagonal_grad_, bool want_image, bool want_text) {
-  const Tensor image = contiguous(image_), text = contiguous(text_), row_lse = contiguous(row_lse_), col_lse = contiguous(col_lse_),
-               row_grad = contiguous(row_grad_), col_grad = contiguous(col_grad_), diagonal_grad = contiguous(diagonal_grad_);
+  const Tensor image = contiguous(image_), text = contiguous(text_), row_lse = in_fp32(row_lse_), col_lse = in_fp32(col_lse_),
+               row_grad = in_fp32(row_grad_), col_grad = in_fp32(col_grad_), diagonal_grad = in_fp32(diagonal_grad_);
   const int64_t n = image.size(0), N = text.size(0), D = image.size(1);
   Tensor image_grad = new_empty(image, {want_image ? n : 0, D}), text_grad = new_empty(image, {want_text ? N : 0, D});
   const float* own = floats(diagonal_grad);
   sweep(
-      image, text, value(scale), want_image ? mutable_floats(image_grad) : nullptr,
+      image, text, *floats(in_fp32(scale)), want_image ? mutable_floats(image_grad) : nullptr,
       want_text ? mutable_floats(text_grad) : nullptr,
       [&](const Cell& cell) {
         gradient(

@@ -7,9 +7,9 @@ vendor's GEMM multiplies it by the texts and, transposed, by the images.
 Estimates in ms for an H200 in bf16 at (N = 4,096, D = 768), (65,536, 768) and (1,048,576, 512), with 790 TFLOP/s of MMA,
 16 exponentials a clock and SM, 550 TFLOP/s for our sweeps and 700 for GEMMs with large blocks, 500 with one of 4,096²:
 
-    forward                                              0.05     12   2,000
-    backward  two sweeps, s made in each, 8N²D           0.21     60   9,600   at 440: their second product starves on L2
-              one sweep, 6N²D                              no order of sums over columns without atomics or N² bytes
+    forward                                              0.06     12   2,100
+    backward  two sweeps, s made in each, 8N²D           0.23     60  10,200   at 440: their second product starves on L2
+              one sweep, 6N²D                            sums over rows need atomics, or D·4 bytes a row and program
               blocks of G and the vendor's GEMM, 6N²D    0.16     31   5,300   chosen: its 4N²D run at the vendor's speed
 
 A tile of 256 × 128 takes 12 · 1,024 clocks of MMA at D = 768 and then 2,400 of epilogue, nearly all for 32,768 exponentials,
@@ -83,15 +83,15 @@ def _scan(image, text, scale, marks, n, N, offset, D: tl.constexpr, SCANS: tl.co
 
 @triton.jit
 def _reference(scale, marks, scans, SCANS: tl.constexpr):
-    """The t of exp(s - t): the largest sample, near which exponents keep their digits, or 70 below the bound of all s.
+    """The t of exp(s - t): the largest sample, near which exponents keep their digits, or 60 below the bound of all s.
 
-    So a sum of exponentials overflows beyond 6e7 of them, and one of k with its largest s above t - 70 + log k is exact.
+    So no sum of exponentials overflows, and one of k terms is exact whose largest s exceeds t - 70 + log k.
     """
     k = tl.arange(0, SCANS)
     a = tl.max(tl.load(marks + k, mask=k < scans, other=0.0), 0)
     b = tl.max(tl.load(marks + SCANS + k, mask=k < scans, other=0.0), 0)
     bound = tl.abs(tl.load(scale).to(tl.float32)) * tl.sqrt(a) * tl.sqrt(b)
-    return tl.maximum(tl.max(tl.load(marks + 2 * SCANS + k, mask=k < scans, other=float("-inf")), 0), bound - 70)
+    return tl.maximum(tl.max(tl.load(marks + 2 * SCANS + k, mask=k < scans, other=float("-inf")), 0), bound - 60)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -125,8 +125,8 @@ def _sums(
             own = tl.sum(tl.where(row[:, None] + offset == column[None, :], s, 0.0), 1)
             here = (row < n) & (row + offset >= first) & (row + offset < tl.minimum(first + BLOCK_N, N))
             tl.store(diagonal + row, own * factor, mask=here)
-            tl.store(level + row, own * (factor * _LOG2E) - t, mask=here)
-        e = tl.exp2(s * (factor * _LOG2E) - t)
+            tl.store(level + row, tl.fma(own, factor * _LOG2E, -t), mask=here)
+        e = tl.exp2(tl.fma(s, factor * _LOG2E, -t))
         if paired | (r + BLOCK_M > n) | (first + BLOCK_N > N):
             counts = (row < n)[:, None] & (column < N)[None, :] & (row[:, None] + offset != column[None, :])
             e = tl.where(counts, e, 0.0)
@@ -145,7 +145,7 @@ def _finish(
     """(reference, sum of exponentials) of each row of a, or with COLUMNS of what was the column, from its sum without the pair.
 
     The reference is the pair's own s, so that a small loss keeps its digits, but where the rest exceeds it by e⁶⁰. Blocks with
-    a sum so small that t may have cost it terms are summed again, with the pair left out, by each row's own maximum.
+    a sum so small, pair and all, that t may have cost it terms are summed again by each row's own maximum.
     """
     if not HOST:
         a = tl.make_tensor_descriptor(a, [rows, D], [D, 1], [BLOCK_M, BLOCK_D])
@@ -159,8 +159,8 @@ def _finish(
     above = tl.load(level + image_row, mask=paired, other=0.0)
     total = tl.load(sums + row, mask=row < rows, other=1e30)
     t = tl.full((BLOCK_M,), 0.0, tl.float32) + _reference(scale, marks, scans, SCANS)
-    # What exp(s - t) < 1.2e-38 = 2⁻¹²⁶ has lost is then less than 2⁻²⁴ of the sum.
-    if tl.max((total < columns * 2.0**-102).to(tl.int32), 0) > 0:
+    whole = total + tl.where(paired, tl.exp2(above), 0.0)
+    if tl.max((whole < columns * 2.0**-102).to(tl.int32), 0) > 0:  # exp(s - t) < 2⁻¹²⁶ is lost: else less than 2⁻²⁴ of it
         factor = tl.load(scale).to(tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         t = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -236,7 +236,7 @@ def _gradient(
             g = a[:, None] * tl.exp2(s - u[:, None]) + b[None, :] * tl.exp2(s - v[None, :])
         else:
             a, b = tl.load(row_weight + row), tl.load(col_weight + column)
-            g = tl.exp2(s * factor - t) * (a[:, None] + b[None, :])
+            g = tl.exp2(tl.fma(s, factor, -t)) * (a[:, None] + b[None, :])
         ahead = first + r + offset - start - c
         if (ahead < BLOCK_N) & (ahead + BLOCK_M > 0):
             here = row[:, None] + offset == column[None, :]

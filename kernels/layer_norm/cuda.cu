@@ -3,44 +3,17 @@
 // Bytes are the floor: forward reads x (and the residual) and writes y (and s), the row waiting in registers between its mean, its
 // deviation and its result. Backward adds the gradients of gain and bias in registers over the rows of a CTA; a second kernel adds
 // the CTAs' parts in order: no atomics, equal inputs give equal bits.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+#include "../device.cuh"
 
 #include <algorithm>
 #include <optional>
-#include <stdexcept>
-#include <string>
 #include <tuple>
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 namespace clipfast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int kThreads = 128;
 constexpr int kWidest = 4096;  // channels: at fp32 eight vectors a thread, 32 registers of each operand
-
-__device__ inline float widen(float x) { return x; }
-__device__ inline float widen(__half x) { return __half2float(x); }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <class T> __device__ T narrow(float x);
-template <> __device__ inline float narrow<float>(float x) { return x; }
-template <> __device__ inline __half narrow<__half>(float x) { return __float2half_rn(x); }
-template <> __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
-
-template <class T> struct alignas(16) Vector {
-  static constexpr int kSize = 16 / sizeof(T);
-  T at[kSize];
-};
 
 // The sum over the CTA, the same bits in every thread.
 __device__ float sum_of_cta(float x) {
@@ -169,19 +142,6 @@ __global__ void merge_kernel(const float* parts, W* dweight, W* dbias, int count
 
 // ---- the tail that knows torch ----
 
-// A launch error belongs to this call, not to whoever asks next.
-void check(cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string("layer_norm on CUDA: ") + cudaGetErrorString(status));
-}
-
-cudaStream_t stream_of(const Tensor& x) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-template <class T> T* data(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
-
 // Calls f(T{}, W{}) with the types of activations and gains, f(T, W, integral_constant) by the width below.
 template <class F> void by_type(const Tensor& x, const Tensor& weight, const F& f) {
   const bool wide = weight.scalar_type() == ScalarType::Float;
@@ -221,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
           residual_ ? data<T>(s) : nullptr, data<float>(mean), data<float>(rstd), C, static_cast<float>(eps));
     });
   });
-  check(cudaGetLastError());
+  check("layer_norm", cudaGetLastError());
   return {y, s, mean, rstd};
 }
 
@@ -235,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const int C = static_cast<int>(weight.numel());
   const int64_t rows = s.numel() / C;
   int sms = 0;
-  check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, dy.get_device_index()));
+  check("layer_norm", cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, dy.get_device_index()));
   const int ctas = static_cast<int>(std::min<int64_t>(rows, 4 * sms));
   Tensor dx = new_empty(dy, dy.sizes()), dweight = new_empty(weight, {C}), dbias = new_empty(weight, {C});
   Tensor parts = new_empty(dy, {2, ctas, C}, ScalarType::Float);
@@ -251,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     merge_kernel<W><<<(C + kThreads - 1) / kThreads, kThreads, 0, stream_of(dy)>>>(
         data<float>(parts), data<W>(dweight), data<W>(dbias), ctas, C);
   });
-  check(cudaGetLastError());
+  check("layer_norm", cudaGetLastError());
   return {dx, dweight, dbias};
 }
 

@@ -26,6 +26,11 @@ BENCH: dict[str, dict[str, Any]] = {
     "B/32 plain": dict(shape=(32, 50, 768)),
     "L/14 block": dict(shape=(8, 257, 1024), residual=True),
 }
+BENCH_GPU: dict[str, dict[str, Any]] = {  # what fills a GPU
+    "B/16 block x 256": dict(shape=(256, 197, 768), residual=True),
+    "L/14 block x 256": dict(shape=(256, 257, 1024), residual=True),
+    "L/14 plain x 256": dict(shape=(256, 257, 1024)),
+}
 
 
 def inputs(generator: torch.Generator, shape: tuple[int, ...], residual=False, transposed=False, offset=0.0) -> dict[str, Any]:

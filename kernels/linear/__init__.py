@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,16 +31,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _vendors(x: Tensor, weight: Tensor) -> bool:
     """Whether F.linear itself is the choice: decided before an operator is called, which would cost more than it chooses."""
-    forced = dispatch.forced()
-    if forced:
+    if torch.is_autocast_enabled(x.device.type):
+        return True
+    if forced := dispatch.forced():
         return forced not in ("onednn", "torch")  # no other backend has a product of its own
     return (
         onednn.LACKS is not None
         or x.dtype != torch.float32
         or weight.dtype != torch.float32
         or x.device.type != "cpu"
-        or x.shape[:-1].numel() * weight.numel() < onednn.LEAST
-        or torch.is_autocast_enabled("cpu")
+        or math.prod(x.shape[:-1]) * weight.numel() < onednn.LEAST
     )
 
 

@@ -14,8 +14,8 @@ from clipfast.kernels import dispatch
 from clipfast.kernels.linear import spec
 
 # On AMD, MKL (what torch multiplies fp32 matrices with) takes its AVX2 path, oneDNN its AVX-512 path: 117 and 250 GFLOP/s a
-# core forward, 115 and 180 to 260 backward on an EPYC of Zen 5 at the towers' shapes (bench/test_kernels.py, "linear"). On Intel
-# both take AVX-512; before Zen 5 (family 26) AMD's AVX-512 multiplies no faster than AVX2.
+# core forward, 115 and 180 to 260 backward on an EPYC of Zen 5 at the towers' shapes (bench/test_kernels.py, "linear").
+# On Intel both take AVX-512; before Zen 5 (family 26) AMD's AVX-512 multiplies no faster than AVX2.
 _FIRST_FAMILY = 26
 # Below 2^23 multiply-adds what a Python operator costs beside F.linear, 20 µs forward and 60 backward, is more than it saves.
 LEAST = 1 << 23

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.kernels import dispatch
+from clipfast.kernels.linear import linear
 
 
 def mlp(
@@ -23,7 +23,7 @@ def mlp(
     Returns:
         [..., C].
     """
-    return F.linear(activation(F.linear(x, fc_weight), fc_bias, quick_gelu), proj_weight, proj_bias)
+    return linear(activation(linear(x, fc_weight), fc_bias, quick_gelu), proj_weight, proj_bias)
 
 
 def activation(h: Tensor, bias: Tensor, quick_gelu: bool = True) -> Tensor:

@@ -25,6 +25,10 @@ BENCH: dict[str, dict[str, Any]] = {
     "B/32 block": dict(rows=32 * 50, C=768),
     "B/32 block, exact": dict(rows=32 * 50, C=768, quick_gelu=False),
 }
+BENCH_GPU: dict[str, dict[str, Any]] = {  # what fills a GPU
+    "B/16 block x 256": dict(rows=256 * 197, C=768),
+    "L/14 block x 64": dict(rows=64 * 257, C=1024),
+}
 
 
 def inputs(generator: torch.Generator, rows: int, C: int, quick_gelu=True, transposed=False, spread=1.0) -> dict[str, Any]:

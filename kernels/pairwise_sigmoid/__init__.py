@@ -7,7 +7,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clipfast.kernels import dispatch
-from clipfast.kernels.contrastive import check_features, check_scalar, fake_gradients, inner, scaled, supports_cpu, wide
+from clipfast.kernels.contrastive import (
+    check_features,
+    check_scalar,
+    fake_gradients,
+    inner,
+    scaled,
+    supports_cpu,
+    supports_cuda,
+    wide,
+)
 
 _FORWARD = (
     "(Tensor image, Tensor text, Tensor scale, Tensor bias, int offset, bool want_image, bool want_text) -> "
@@ -74,4 +83,4 @@ def _fake(image, text, scale, bias, offset, want_image, want_text):
     return loss, torch.empty_like(loss), *fake_gradients(image, text, want_image, want_text)
 
 
-OP = dispatch.Op(__name__, (_FORWARD, _fake), None, compiled={"cpu": supports_cpu})
+OP = dispatch.Op(__name__, (_FORWARD, _fake), None, compiled={"cpu": supports_cpu, "cuda": supports_cuda})

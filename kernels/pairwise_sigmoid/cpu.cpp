@@ -55,9 +55,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   Tensor loss = new_zeros(image, {n}), bias_grad = new_zeros(image, {n});
   Tensor image_grad = new_empty(image, {want_image ? n : 0, D}), text_grad = new_empty(image, {want_text ? N : 0, D});
   float *sum = mutable_floats(loss), *grad = mutable_floats(bias_grad);
-  const float bias = value(bias_);
+  const float bias = *floats(in_fp32(bias_));
   sweep(
-      image, text, value(scale), want_image ? mutable_floats(image_grad) : nullptr,
+      image, text, *floats(in_fp32(scale)), want_image ? mutable_floats(image_grad) : nullptr,
       want_text ? mutable_floats(text_grad) : nullptr,
       [&](const Cell& cell) {
         // The pairs stand aside, as -inf, of which softplus and sigmoid are 1e-38: taken from the sums afterwards they would cancel.

@@ -106,11 +106,13 @@ def _sweep(
     factor, shift = tl.load(scale).to(tl.float32) * _LOG2E, tl.load(bias).to(tl.float32) * _LOG2E
     for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
         r, c = place(tile, down, across, BAND)
-        out = parts + (c.to(tl.int64) * rows + r * BLOCK_M + tl.arange(0, BLOCK_M))
-        inside = r * BLOCK_M + tl.arange(0, BLOCK_M) < rows
+        s = similarity(
+            image, text, first + r * BLOCK_M, start + c * BLOCK_N, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION
+        )  # fmt: skip
+        l = tl.fma(s, factor, shift)
+        out = parts + c.to(tl.int64) * rows
         r *= BLOCK_M
         c *= BLOCK_N
-        l = similarity(image, text, first + r, start + c, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION) * factor + shift
         row, column = first + r + tl.arange(0, BLOCK_M), start + c + tl.arange(0, BLOCK_N)
         ahead = first + r + offset - start - c
         paired = (ahead < BLOCK_N) & (ahead + BLOCK_M > 0)
@@ -126,8 +128,9 @@ def _sweep(
             loss_2, slope_2 = _losses(right, row, column + 64, G, r, c + 64, offset, paired, UNIT, WRITE, NARROW)
             loss += loss_2
             slope += slope_2
-        tl.store(out, loss, mask=inside)
-        tl.store(out + across.to(tl.int64) * rows, slope, mask=inside)
+        here = r + tl.arange(0, BLOCK_M)
+        tl.store(out + here, loss, mask=here < rows)
+        tl.store(out + across.to(tl.int64) * rows + here, slope, mask=here < rows)
 
 
 def compiled(capability: int = 80) -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:

@@ -14,10 +14,10 @@ projections of its one query, where keys and values cost 4LC².
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.kernels import dispatch
+from clipfast.kernels.linear import linear
 
 
 def pooling(
@@ -53,7 +53,7 @@ def pooling(
     _check(x, query, heads, cu_seqlens, q_weight=q_weight, k_weight=k_weight, v_weight=v_weight, q_bias=q_bias, v_bias=v_bias)
     longest = x.shape[1] if cu_seqlens is None else _check_lengths(cu_seqlens, x.shape[0], max_length)
     K = C // heads
-    q = F.linear(query, q_weight, q_bias) * K**-0.5
+    q = linear(query, q_weight, q_bias) * K**-0.5
     # u leaves this product head by head, [H, B, C] in memory; the op reads it by its strides.
     u = torch.bmm(q.unflatten(1, (heads, K)).transpose(0, 1), k_weight.unflatten(0, (heads, K))).transpose(0, 1)
     y, _ = torch.ops.clipfast.pooling(x, u.to(x.dtype), cu_seqlens, longest)
@@ -129,9 +129,10 @@ def _backward(ctx, dy, _):
 
 OP = dispatch.Op(
     __name__,
-    forward=("(Tensor x, Tensor u, Tensor? cu_seqlens, int max_length) -> (Tensor y, Tensor lse)", _fake),
+    forward=("(Tensor x, Tensor u, Tensor? cu_seqlens, SymInt max_length) -> (Tensor y, Tensor lse)", _fake),
     backward=(
-        "(Tensor dy, Tensor x, Tensor u, Tensor y, Tensor lse, Tensor? cu_seqlens, int max_length) -> (Tensor dx, Tensor du)",
+        "(Tensor dy, Tensor x, Tensor u, Tensor y, Tensor lse, Tensor? cu_seqlens, SymInt max_length)"
+        " -> (Tensor dx, Tensor du)",
         _fake_backward,
     ),
     compiled={"cpu": _supports_cpu},

@@ -27,6 +27,11 @@ BENCH: dict[str, dict[str, Any]] = {
     "B/32 image": dict(lengths=[50] * 32, C=768, heads=12),
     "B/32 text": dict(lengths=[6 + i % 13 for i in range(32)], C=512, heads=8, packed=True),
 }
+BENCH_GPU: dict[str, dict[str, Any]] = {  # what fills a GPU
+    "B/16 image x 256": dict(lengths=[197] * 256, C=768, heads=12),
+    "L/14 image x 256": dict(lengths=[257] * 256, C=1024, heads=16),
+    "text x 4096": dict(lengths=[6 + i % 13 for i in range(4096)], C=512, heads=8, packed=True),
+}
 
 
 def inputs(

@@ -1,0 +1,115 @@
+"""A record as Markdown: in short for the README, with every figure on a page of its own."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+
+def _head(record: dict[str, Any]) -> str:
+    m, roof = record["machine"], record["roofline"]
+    on = f"driver {m['driver']}" if m["driver"] else f"{m['threads']} threads"
+    return (
+        f"{m['device']}, {on}, torch {m['versions']['torch']}; medians of interleaved rounds, caches cold. In the same run a "
+        f"copy moves {roof['bytes_per_s'] / 1e9:,.0f} GB/s and a matrix product does {roof['flops_per_s'] / 1e12:.3g} TFLOP/s."
+    )
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The sizes of an op in one line; everything else against every rival that ran."""
+    lines = [_head(record), "", "| what | ours | against | peak memory |", "|---|---|---|---|"]
+    kernels = [row for row in record["rows"] if row["group"] == "kernels"]
+    for op in dict.fromkeys(row["op"] for row in kernels):
+        rows = [row for row in kernels if row["op"] == op and "absent" not in row["rivals"]["eager"]]
+        eager = [row["rivals"]["eager"] for row in rows]
+        times, ups = _range([row["ms"]["median"] for row in rows]), _range([e["speedup"] for e in eager])
+        ratios = [e["memory"] / row["memory"] for e, row in zip(eager, rows, strict=True) if row["memory"] and e["memory"]]
+        less = f"eager {_range(ratios)} × ours" if ratios else ""
+        lines.append(f"| {op.replace('_', ' ')}, {len(rows)} sizes | {times} ms | {ups} × eager | {less} |")
+    for row in record["rows"]:
+        ran = {n: r for n, r in row["rivals"].items() if "absent" not in r and not n.startswith("our ")}
+        if row["group"] == "kernels" or not ran:
+            continue
+        rate = f", {row['items_per_s']:,.0f}/s" if row["items_per_s"] else ""
+        against = ", ".join(f"{r['speedup']:.2f} × {name}" for name, r in ran.items())
+        memories = ", ".join(f"{name} {_mega(r['memory'])}" for name, r in ran.items())
+        memory = f"{_mega(row['memory'])}; {memories}" if row["memory"] is not None else ""
+        lines.append(f"| {title(row)} | {row['ms']['median']:.2f} ms{rate} | {against} | {memory} |")
+    return "\n".join(lines)
+
+
+def page(name: str, record: dict[str, Any]) -> str:
+    """Every row with all that was measured, and the tests that went before."""
+    lines = [f"# {name}", "", f"Made by `python -m bench.record` from {name}.json, commit {record['machine']['commit']}.", ""]
+    lines += [
+        _head(record),
+        "",
+        "| what | ms (p20 to p80) | rate | of the roofline | peak memory | against (its memory) |",
+    ]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in record["rows"]:
+        ms, roof = row["ms"], row["roofline"]
+        unit = "GB/s" if roof and roof["limit"] == "bytes" else "GFLOP/s"
+        ran = {n: r for n, r in row["rivals"].items() if "absent" not in r}
+        against = [f"{r['speedup']:.2f} × {n} ({_mega(r['memory'])})" for n, r in ran.items()]
+        cells = [
+            title(row),
+            f"{ms['median']:.3f} ({ms['p20']:.3f} to {ms['p80']:.3f})",
+            f"{row['items_per_s']:,.0f}/s" if row["items_per_s"] else "",
+            f"{roof['rate'] / 1e9:,.0f} {unit}, {roof['share']:.0%}" if roof else "",
+            _mega(row["memory"]),
+            "; ".join([*against, *absent(row)]),
+        ]
+        lines.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |")
+    if tests := record.get("tests"):
+        lines += ["", "| kernel | tests passed | failed |", "|---|---|---|"]
+        lines += [f"| {op} {b} | {t['passed']:,} | {t['failed']:,} |" for op, found in tests.items() for b, t in found.items()]
+    return "\n".join(lines) + "\n"
+
+
+def absent(row: dict[str, Any]) -> list[str]:
+    """The rivals that did not run, by their reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name, rival in row["rivals"].items():
+        if "absent" in rival:
+            by_reason.setdefault(rival["absent"], []).append(name)
+    return [f"not run: {', '.join(names)} ({reason})" for reason, names in by_reason.items()]
+
+
+def title(row: dict[str, Any]) -> str:
+    """Group and name of a row."""
+    return f"{row['group'].replace('_', ' ')}: {row['name']}"
+
+
+def _range(values: list[float]) -> str:
+    low, high = (f"{edge:.2f}" for edge in (min(values, default=0), max(values, default=0)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _mega(memory: int | None) -> str:
+    return "not measured" if memory is None else f"{memory / 1e6:,.1f} MB"
+
+
+def demo(results: dict[str, Any]) -> str:
+    """The figures of `make demo`: the JSON that it writes beside its report."""
+    lines = [
+        "| drawings of the unseen style | names | clipfast, top-1 / top-5 | nearest pixels | chance |",
+        "|---|---|---|---|---|",
+    ]
+    for row in results["accuracy"]:
+        what = f"{row['drawings']:,} of {row['concepts']} concepts{'' if row['flags'] else ', without flags'}"
+        shares = (f"{row[f'{kind}top1']:.1%} / {row[f'{kind}top5']:.1%}" for kind in ("", "pixels_", "chance_"))
+        lines.append(f"| {what} | {row['names']:,} | {' | '.join(shares)} |")
+    pace = f"{results['steps']:,} steps of {results['config']['batch_size']} pairs in {results['seconds']:.0f} s"
+    return "\n".join([*lines, "", f"{pace} on {results['versions']['device']}, torch {results['versions']['torch']}."])
+
+
+def filled(text: str, made: dict[str, str]) -> str:
+    """``text`` with every part between ``<!-- table: NAME -->`` and ``<!-- end -->`` made anew."""
+
+    def part(match: re.Match[str]) -> str:
+        if match[1] not in made:
+            raise ValueError(f"README table {match[1]!r}: expected one of {sorted(made)}; the records are in bench/results")
+        return f"<!-- table: {match[1]} -->\n{made[match[1]]}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", part, text, flags=re.DOTALL)

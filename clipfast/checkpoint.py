@@ -1,0 +1,227 @@
+"""Checkpoints: written beside the training by torch.distributed.checkpoint, whole or not at all, for any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+import warnings
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from .job import Job
+
+log = logging.getLogger(__name__)
+ABOUT = "about.json"  # what is not a tensor, and the sizes and checksums of the files
+
+
+class Checkpoints:
+    """The folders `step_…` below `folder`, one a checkpoint; rank 0 names, checks and removes them."""
+
+    def __init__(self, folder: Path, job: Job, keep_last: int = 2, keep_every: int = 0) -> None:
+        self.folder, self.job, self.keep_last, self.keep_every = folder, job, keep_last, keep_every
+        self.pool = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future | None = None
+        self.failed: Exception | None = None
+        _hush()
+
+    def save(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """Copy the tensors and return; a thread writes them. At most one checkpoint is on its way."""
+        self.wait()
+        part = self.folder / f"step_{step:08}.part"
+        try:
+            if self.job.rank == 0:
+                shutil.rmtree(part, ignore_errors=True)
+            # One file a rank: a hundred thousand small ones are what shared file systems choke on.
+            writer = dcp.FileSystemWriter(part, single_file_per_rank=True, sync_files=True, thread_count=1)
+            saved = dcp.async_save(
+                tensors, storage_writer=writer, process_group=self.job.saving, no_dist=self.job.saving is None
+            )
+            self.pending = self.pool.submit(self._finish, saved, part, {"step": step} | about)
+        except Exception as error:
+            self._warn(error, part)
+
+    def _finish(self, saved: Any, part: Path, about: dict[str, Any]) -> None:
+        try:
+            saved.result()  # on rank 0 it comes when every rank has written its file
+            if self.job.rank == 0:
+                about["files"] = {file.name: _fingerprint(file) for file in sorted(part.iterdir())}
+                with open(part / ABOUT, "w") as file:
+                    json.dump(about, file, indent=1)
+                    file.flush()
+                    os.fsync(file.fileno())
+                _sync_folder(part)
+                whole = part.with_suffix("")
+                shutil.rmtree(whole, ignore_errors=True)  # a damaged one of the same step
+                part.replace(whole)
+                _sync_folder(self.folder)
+                self._remove_old()
+            self.failed = None
+        except BaseException as error:  # torch's CheckpointException is none of Exception's
+            self._warn(error, part)
+
+    def _warn(self, error: BaseException, part: Path) -> None:
+        causes = getattr(error, "failures", None) or {self.job.rank: error}
+        reasons = {str(c[0] if isinstance(c, tuple) else c) for c in causes.values()}
+        told = f"CHECKPOINT NOT SAVED at {part.with_suffix('').name}: {'; '.join(sorted(reasons))}; the one before it stays"
+        log.error("%s, the training goes on: make room in %s", told, self.folder)
+        self.failed = OSError(told)
+        if self.job.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+
+    def wait(self) -> None:
+        """Until the checkpoint on its way is on the disk, or has failed (`failed`)."""
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
+
+    def close(self) -> None:
+        self.wait()
+        self.pool.shutdown()
+
+    def steps(self) -> list[int]:
+        """Of the checkpoints that are there, oldest first."""
+        names = (re.fullmatch(r"step_(\d+)", path.name) for path in self.folder.glob("step_*"))
+        return sorted(int(name[1]) for name in names if name)
+
+    def _remove_old(self) -> None:
+        for step in self.steps()[: -max(1, self.keep_last)]:
+            if not self.keep_every or step % self.keep_every:
+                shutil.rmtree(self.folder / f"step_{step:08}", ignore_errors=True)
+        for left in self.folder.glob("step_*.part"):  # of a job that was killed
+            shutil.rmtree(left, ignore_errors=True)
+
+    def choose(self, resume: str) -> Path | None:
+        """The checkpoint at that path, or of "auto" the newest whole one, or None where there is none; the same for all ranks.
+
+        Raises ValueError where there are some, and all are damaged.
+        """
+        return self.job.gather(self._choose(resume) if self.job.rank == 0 else None)[0]
+
+    def _choose(self, resume: str) -> Path | Exception | None:
+        paths = [self.folder / f"step_{step:08}" for step in reversed(self.steps())]
+        paths, reason = (paths if resume == "auto" else [Path(resume)] if resume else []), ""
+        for path in paths:
+            try:
+                verify(path)
+                return path
+            except ValueError as error:
+                reason = str(error)
+                log.warning("skipped a damaged checkpoint: %s", reason)
+        return ValueError(f"expected a whole checkpoint, got {len(paths)} damaged, the last {reason}") if paths else None
+
+
+def _hush() -> None:
+    """torch.distributed.checkpoint warns at every call that there is one process, where one is meant."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+
+
+def _fingerprint(file: Path) -> list[int]:
+    """Size and CRC-32: at 2 GB/s in a thread of its own, it costs the training nothing."""
+    crc = 0
+    with open(file, "rb") as stream:
+        while chunk := stream.read(1 << 24):
+            crc = zlib.crc32(chunk, crc)
+    return [file.stat().st_size, crc]
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    return json.loads((path / ABOUT).read_text())
+
+
+def verify(path: Path) -> None:
+    """ValueError where not all of a checkpoint's files are there and unharmed; it names what is not."""
+    try:
+        for name, expected in read_about(path)["files"].items():
+            if (got := _fingerprint(path / name)) != expected:
+                raise ValueError(f"{name} has size and checksum {got}, expected {expected}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a whole checkpoint: {error}; take another, or remove it") from error
+
+
+class _TensorsOnly(pickle.Unpickler):
+    """The index of a checkpoint is a pickle: it may hold descriptions of tensors and nothing that could run."""
+
+    MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+    OTHERS = {
+        ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
+        ("torch.distributed.tensor._dtensor_spec", "ShardOrderEntry"), ("pathlib", "PosixPath"), ("pathlib", "WindowsPath"),
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name) if module in self.MODULES or module == "torch" else None
+        if (module, name) in self.OTHERS:
+            return super().find_class(module, name)
+        if isinstance(found, torch.dtype) or (isinstance(found, type) and found.__module__ == module and module != "torch"):
+            return found
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no description of tensors")
+
+
+class Reader(dcp.FileSystemReader):
+    """torch's reader, but nothing in the files is executed."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path, ".metadata")
+        try:
+            with open(path, "rb") as file:
+                metadata = _TensorsOnly(file).load()
+            if not all(isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values()):
+                raise pickle.UnpicklingError("it holds Python objects besides tensors")
+        except Exception as error:
+            raise ValueError(f"{path}: expected the index of a checkpoint, got a file that is none: {error}") from error
+        return metadata
+
+    def shapes(self) -> dict[str, torch.Size]:
+        entries = self.read_metadata().state_dict_metadata
+        return {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def load(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fill the tensors (FSDP's parts too) from a checkpoint, each rank what it needs; ValueError lists what does not fit."""
+    reader = Reader(path)
+    shapes = reader.shapes()
+    missing = [name for name in tensors if name not in shapes]
+    differ = [
+        f"{name} (expected {list(tensor.shape)}, got {list(shapes[name])})"
+        for name, tensor in tensors.items()
+        if name in shapes and tensor.shape != shapes[name]
+    ]
+    more = [name for name in shapes if name.startswith("model.") and name not in tensors]
+    faults = [("missing", missing), ("mis-shaped", differ), ("unexpected", more)]
+    if told := [f"{len(names)} {fault}: {', '.join(names)}" for fault, names in faults if names]:
+        raise ValueError(f"{path}: expected a checkpoint of this architecture: {'; '.join(told)}")
+    dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
+
+
+def weights(path: str | Path) -> dict[str, Any]:
+    """The weights in a checkpoint, averaged ones where it has them, as `model.pt` holds them: for `clipfast.load`."""
+    verify(Path(path))
+    about, reader = read_about(Path(path)), Reader(path)
+    model = {name: torch.empty(shape) for name, shape in reader.shapes().items() if name.startswith(("model.", "ema."))}
+    dtypes = {n: e.properties.dtype for n, e in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
+    model = {name: tensor.to(dtypes[name]) for name, tensor in model.items()}
+    _hush()
+    dcp.load(model, storage_reader=reader, no_dist=True)
+    average = {name.removeprefix("ema."): tensor for name, tensor in model.items() if name.startswith("ema.")}
+    state = {name.removeprefix("model."): tensor for name, tensor in model.items() if name.startswith("model.")} | average
+    return {"state_dict": state, "model_config": about["model_config"]}

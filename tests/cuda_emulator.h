@@ -1,0 +1,400 @@
+// A host emulator of what the Hopper kernels use (kernels/device.cuh), in place of CUDA's headers when CLIPFAST_EMULATED is defined. Every
+// CUDA thread is a fibre, a cluster of CTAs runs at a time, warps take turns in random order and some are held back; what is asynchronous
+// happens as late as it may (products at the wait, copies some turns after their issue, their destination spoilt at once). So a missing
+// wait or fence, a wrong phase or layout, a stage given back early changes the result or is an error. The rules are those of the PTX ISA
+// (9.0), named where they stand. Not emulated: time, and the order in which proxies see each other's writes.
+#pragma once
+
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define __device__
+#define __host__
+#define __global__
+#define __grid_constant__
+#define __shared__ static  // one CTA at a time where it is used
+#define __launch_bounds__(...)
+#define threadIdx (*emulated::self)
+#define blockIdx (*emulated::self->cta)
+#define blockDim (emulated::machine)
+
+// ---- types and names of CUDA ----
+using std::max, std::min;
+using cudaError_t = int; using cudaStream_t = void*; using CUresult = int; using cuuint64_t = uint64_t; using cuuint32_t = uint32_t;
+constexpr int cudaSuccess = 0, CUDA_SUCCESS = 0, CUDA_R_32F = 0, CUDA_R_16F = 2, CUDA_R_16BF = 14;
+constexpr int CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9, CU_TENSOR_MAP_INTERLEAVE_NONE = 0;
+constexpr int CU_TENSOR_MAP_SWIZZLE_128B = 3, CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0;
+struct alignas(64) CUtensorMap { const char* data; int64_t width, height, pitch; int box_width, box_height; };
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct __half { _Float16 value; };
+struct __nv_bfloat16 { uint16_t bits; };
+inline const char* cudaGetErrorString(int) { return "error"; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float __half2float(__half x) { return static_cast<float>(x.value); }
+inline __half __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
+inline float __bfloat162float(__nv_bfloat16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  return {static_cast<uint16_t>(x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+namespace emulated {
+inline void require(bool holds, const char* what) {
+  if (!holds) throw std::runtime_error(std::string("emulator: ") + what);
+}
+// Memory filled with NaN, with a page behind its end that faults and a watch on what lies before its start.
+struct Guarded {
+  size_t size, length;
+  char *base, *data;
+  explicit Guarded(size_t size) : size(size), length((size + 32) / 4096 * 4096 + 4096) {
+    base = static_cast<char*>(mmap(nullptr, length + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    mprotect(base + length, 4096, PROT_NONE);
+    data = base + (length - size) / 16 * 16;
+    std::memset(base, 0xff, length);
+  }
+  ~Guarded() { munmap(base, length + 4096); }
+  Guarded(const Guarded&) = delete;
+  bool intact() const {
+    const auto untouched = [](char c) { return c == '\xff'; };
+    return std::all_of(base, data, untouched) && std::all_of(data + size, base + length, untouched);
+  }
+};
+// ---- the machine ----
+struct Barrier { int count, pending, bytes; uint32_t phase; };      // mbarrier
+struct Named { int threads, arrived; uint64_t generation; };        // bar, barrier.cluster
+struct Product { uint64_t a, b; int add; bool half; float* d[32]; };  // wgmma.mma_async of a warp
+struct Warp {
+  int id, arrived[2], kind[2];  // of a meeting of its lanes, on two sides in turn
+  uint64_t values[2][32], met[2], executed;
+  std::deque<Product> products;
+  std::vector<uint64_t> groups;  // how many products each commit included
+};
+struct Cta {
+  unsigned x;
+  int rank, alive;
+  bool fenced;  // whether the initialisation of its mbarriers is
+  std::unique_ptr<Guarded> memory;
+  std::map<uint32_t, Barrier> barriers;
+  Named named[16];
+  std::deque<Warp> warps;
+  std::vector<Product> asked[8];  // of each warpgroup
+};
+struct Thread {
+  static constexpr size_t kStack = 128 << 10;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  ucontext_t context;
+  unsigned x;
+  Cta* cta;
+  Warp* warp;
+  bool (*ready)(const void*), done, fenced;  // `ready` of a thread that waits
+  const void* state;
+  int lane, registers;
+  uint64_t meetings, issued, committed;
+};
+struct Copy { const CUtensorMap* map; std::vector<Cta*> to; uint32_t address, barrier; int x, y, delay; };  // cp.async.bulk.tensor
+struct Machine {
+  unsigned x;  // threads of a CTA
+  std::mt19937 random;
+  std::deque<Thread> threads;
+  std::deque<Cta> ctas;
+  std::vector<Copy> copies;
+  Named cluster;
+  Warp* starved;
+  std::string error;
+  const std::function<void()>* body;
+  ucontext_t scheduler;
+};
+inline Machine machine;
+inline Thread* self;
+constexpr uint32_t kSharedBase = 0x410;  // where dynamic shared memory starts: aligned to 16 bytes and no more
+template <class F> void wait_until(const F& ready) {
+  if (ready()) return;
+  self->ready = [](const void* f) { return (*static_cast<const F*>(f))(); };
+  self->state = &ready;
+  swapcontext(&self->context, &machine.scheduler);
+  self->ready = nullptr;
+}
+inline char* at(Cta& cta, uint32_t address, size_t size) {
+  require(address >= kSharedBase && address + size <= kSharedBase + cta.memory->size, "address outside shared memory");
+  return cta.memory->data + (address - kSharedBase);
+}
+// All lanes of a warp meet at one instruction (.sync.aligned) and see each other's values; `last` runs when all have come.
+template <class F> const uint64_t* meet(int kind, uint64_t value, const F& last) {
+  Warp& w = *self->warp;
+  const uint64_t meeting = ++self->meetings;
+  const int side = meeting % 2;  // nobody is two meetings ahead of another
+  if (w.arrived[side] == 0) w.kind[side] = kind;
+  require(w.kind[side] == kind, "the lanes of a warp are at different instructions");
+  w.values[side][self->lane] = value;
+  if (++w.arrived[side] == 32) w.arrived[side] = 0, last(), w.met[side] = meeting;
+  wait_until([&] { return w.met[side] == meeting; });
+  return w.values[side];
+}
+inline const uint64_t* meet(int kind, uint64_t value = 0) { return meet(kind, value, [] {}); }
+inline void arrive_named(Named& b, int threads) {
+  require(threads % 32 == 0 && (b.arrived == 0 || b.threads == threads), "a barrier with differing numbers of threads");
+  b.threads = threads;
+  if (++b.arrived < threads) return;
+  b.arrived = 0, ++b.generation;
+  // One that waited here gets no turn for a while, so that the others run as far ahead as they can.
+  if (machine.random() % 4 == 0) machine.starved = &self->cta->warps[self->warp->id / 4 * 4 + machine.random() % 4];
+}
+inline void sync_named(Named& b, int threads) {
+  const uint64_t generation = b.generation;
+  arrive_named(b, threads);
+  wait_until([&] { return b.generation != generation; });
+}
+// "mbarrier": its phase ends when neither an arrival nor a byte is outstanding.
+inline Barrier& barrier_at(Cta& cta, uint32_t address) {
+  require(cta.alive > 0, "an mbarrier of a CTA that has ended");
+  const auto found = cta.barriers.find(address);
+  require(found != cta.barriers.end(), "an mbarrier not initialised");
+  uint64_t mark;
+  require(std::memcpy(&mark, at(cta, address, 8), 8) && mark == ~uint64_t{address}, "an mbarrier overwritten");
+  return found->second;
+}
+inline void change(Cta& cta, uint32_t address, int arrivals, int bytes) {
+  Barrier& b = barrier_at(cta, address);
+  b.pending -= arrivals;
+  b.bytes += bytes;
+  require(b.pending >= 0, "more arrivals at an mbarrier than expected");
+  require(std::abs(b.bytes) < 1 << 20, "the tx-count of an mbarrier out of range");
+  if (b.pending == 0 && b.bytes == 0) ++b.phase, b.pending = b.count;
+}
+// "Tensors", tiled mode: zeros out of bounds; "Swizzling modes", 128 bytes: bits 4 to 6 of an address ^= bits 7 to 9.
+inline uint32_t swizzle(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+inline void deliver(const Copy& copy) {
+  const CUtensorMap& map = *copy.map;
+  for (Cta* cta : copy.to) {
+    for (int r = 0; r < map.box_height; ++r)
+      for (int c = 0; c < map.box_width; ++c) {
+        const int64_t x = int64_t{copy.x} + c, y = int64_t{copy.y} + r;
+        uint16_t element = 0;
+        if (x >= 0 && x < map.width && y >= 0 && y < map.height) std::memcpy(&element, map.data + y * map.pitch + 2 * x, 2);
+        std::memcpy(at(*cta, swizzle(copy.address + 2 * (r * map.box_width + c)), 2), &element, 2);
+      }
+    change(*cta, copy.barrier, 0, -2 * map.box_width * map.box_height);  // what is out of bounds counts too
+  }
+}
+// "Matrix Descriptor Format", "Strides", K-major with a swizzle of 128 bytes: rows of 128 bytes, eight to an atom, from atom to atom the
+// stride byte offset; every field in units of 16 bytes.
+inline float element(Cta& cta, uint64_t descriptor, int row, int k, bool half) {
+  const auto field = [&](int from, int bits) { return static_cast<uint32_t>(descriptor >> from & ((1ull << bits) - 1)); };
+  require(field(62, 2) == 1 && field(49, 3) == 0, "a descriptor of another layout than the swizzle of 128 bytes");
+  const uint32_t address = 16 * field(0, 14) + row / 8 * 16 * field(32, 14) + row % 8 * 128 + 2 * k;
+  uint16_t bits;
+  std::memcpy(&bits, at(cta, swizzle(address), 2), 2);
+  return half ? static_cast<float>(__builtin_bit_cast(_Float16, bits)) : __bfloat162float({bits});
+}
+// "wgmma.mma_async", m64n256k16: this warp's 16 rows. "Register fragments", D: register i of a lane has row lane / 4 + 8·(i / 2 % 2)
+// and column 8·(i / 4) + 2·(lane % 4) + i % 2.
+inline void execute(Cta& cta, const Warp& warp, const Product& p) {
+  static float a[16][16], b[16][256], c[16][256];
+  std::memset(c, 0, sizeof(c));
+  for (int k = 0; k < 16; ++k) {
+    for (int r = 0; r < 16; ++r) a[r][k] = element(cta, p.a, 16 * (warp.id % 4) + r, k, p.half);
+    for (int j = 0; j < 256; ++j) b[k][j] = element(cta, p.b, j, k, p.half);
+  }
+  for (int r = 0; r < 16; ++r)
+    for (int k = 0; k < 16; ++k)
+      for (int j = 0; j < 256; ++j) c[r][j] += a[r][k] * b[k][j];
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 128; ++i)
+      p.d[lane][i] = (p.add ? p.d[lane][i] : 0.0f) + c[lane / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (lane % 4) + i % 2];
+}
+// ---- a launch ----
+inline void fibre() {
+  try {
+    (*machine.body)();
+    require(self->warp->products.empty(), "a thread ends before its products");
+  } catch (const std::exception& e) {
+    machine.error = e.what();
+  }
+  self->done = true, --self->cta->alive;
+  swapcontext(&self->context, &machine.scheduler);
+}
+inline void run_cluster(unsigned first, int cluster, int threads, int shared) {
+  Machine& m = machine;
+  m.ctas.clear(), m.copies.clear(), m.error.clear(), m.cluster = {}, m.starved = nullptr;
+  while (static_cast<int>(m.threads.size()) < cluster * threads) m.threads.emplace_back();
+  for (int rank = 0; rank < cluster; ++rank) {
+    Cta& cta = m.ctas.emplace_back();
+    cta.x = first + rank, cta.rank = rank, cta.alive = threads, cta.memory = std::make_unique<Guarded>(shared);
+    for (int i = 0; i < threads; ++i) {
+      if (i % 32 == 0) cta.warps.emplace_back().id = i / 32;
+      Thread& t = m.threads[rank * threads + i];
+      t.x = i, t.cta = &cta, t.warp = &cta.warps.back(), t.lane = i % 32, t.ready = nullptr;
+      t.registers = 65536 / threads / 8 * 8, t.done = t.fenced = false, t.meetings = t.issued = t.committed = 0;
+      getcontext(&t.context);
+      t.context.uc_stack.ss_sp = t.stack.get(), t.context.uc_stack.ss_size = Thread::kStack;
+      makecontext(&t.context, fibre, 0);
+    }
+  }
+  std::vector<int> order;
+  for (int i = 0; i < cluster * threads / 32; ++i) order.push_back(i);
+  for (bool left = true; left;) {
+    left = false;
+    bool moved = !m.copies.empty();
+    std::shuffle(order.begin(), order.end(), m.random);
+    if (m.random() % 64 == 0) m.starved = nullptr;
+    for (const int i : order)
+      for (int lane = 0; lane < 32; ++lane) {
+        self = &m.threads[32 * i + lane];
+        left |= !self->done;
+        if (self->done || self->warp == m.starved || (self->ready && !self->ready(self->state))) continue;
+        moved = true;
+        swapcontext(&m.scheduler, &self->context);
+        if (!m.error.empty()) throw std::runtime_error(m.error);
+      }
+    for (size_t i = m.copies.size(); i-- > 0;)
+      if (--m.copies[i].delay < 0) deliver(m.copies[i]), m.copies.erase(m.copies.begin() + i);
+    require(moved || m.starved || !left, "deadlock");
+    if (!moved) m.starved = nullptr;
+  }
+  for (const Cta& cta : m.ctas) require(cta.memory->intact(), "a write outside shared memory");
+}
+inline void run(int64_t ctas, int threads, int cluster, int shared, const std::function<void()>& body) {
+  require(ctas > 0 && ctas % cluster == 0 && threads % 32 == 0 && threads <= 1024 && shared <= 232448, "a launch out of range");
+  machine.x = threads, machine.body = &body;
+  for (int64_t first = 0; first < ctas; first += cluster) run_cluster(first, cluster, threads, shared);
+}
+// The error of this call, or nothing; an access outside a buffer is one.
+inline sigjmp_buf outside;
+template <class F> std::string guarded(const F& call) {
+  static char stack[1 << 16];
+  const stack_t alternative = {stack, 0, sizeof(stack)};
+  sigaltstack(&alternative, nullptr);
+  struct sigaction action = {}, before;
+  action.sa_handler = [](int) { siglongjmp(outside, 1); };
+  action.sa_flags = SA_ONSTACK;
+  sigaction(SIGSEGV, &action, &before);
+  std::string result = "emulator: access outside a buffer";
+  try {
+    if (sigsetjmp(outside, 1) == 0) call(), result.clear();
+  } catch (const std::exception& e) {
+    result = e.what();
+  }
+  sigaction(SIGSEGV, &before, nullptr);
+  return result;
+}
+}  // namespace emulated
+
+// ---- CUDA's functions of a warp and a CTA ----
+template <class V> V __shfl_sync(unsigned, V value, int from) {
+  return __builtin_bit_cast(V, static_cast<uint32_t>(emulated::meet(1, __builtin_bit_cast(uint32_t, value))[from]));
+}
+template <class V> V __shfl_xor_sync(unsigned mask, V value, int lanes) { return __shfl_sync(mask, value, emulated::self->lane ^ lanes); }
+inline bool __all_sync(unsigned, bool value) {
+  const uint64_t* values = emulated::meet(3, value);
+  return std::count(values, values + 32, 0u) == 0;
+}
+inline void __syncwarp() { emulated::meet(4); }
+inline void __syncthreads() { emulated::sync_named(emulated::self->cta->named[0], emulated::machine.x); }
+
+// ---- what stands for instructions in kernels/device.cuh ----
+namespace clipfast {
+using emulated::machine, emulated::meet, emulated::require, emulated::self;
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const char*>(p) - self->cta->memory->data) + emulated::kSharedBase;
+}
+inline char* dynamic_shared() { return self->cta->memory->data; }
+inline void sync_threads(int barrier, int threads) { emulated::sync_named(self->cta->named[barrier], threads); }
+inline void arrive_threads(int barrier, int threads) { emulated::arrive_named(self->cta->named[barrier], threads); }
+inline void sync_cluster() { meet(5), emulated::sync_named(machine.cluster, static_cast<int>(machine.ctas.size() * machine.x)); }
+// "setmaxnreg": a multiple of 8 from 24 to 256; an increase waits until the 65,536 registers of the CTA allow it.
+template <int count> void grow_registers() {
+  require(count % 8 == 0 && count >= 24 && count <= 256, "setmaxnreg");
+  emulated::wait_until([me = self] {
+    int used = count - me->registers;
+    for (const auto& t : machine.threads) used += t.cta == me->cta && !t.done ? t.registers : 0;
+    return used <= 65536;
+  });
+  self->registers = count;
+}
+template <int count> void shrink_registers() { grow_registers<count>(); }
+inline void barrier_init(uint64_t* barrier, int arrivals) {
+  const uint32_t address = shared_address(barrier);
+  require(address % 8 == 0 && arrivals > 0, "mbarrier.init");
+  *barrier = ~uint64_t{address}, self->cta->barriers[address] = {arrivals, arrivals, 0, 0}, self->cta->fenced = false;
+}
+inline void fence_barrier_init() { self->cta->fenced = true; }
+inline void barrier_arrive(uint64_t* barrier, int cta) {
+  require(machine.ctas.at(cta).fenced, "the initialisation of an mbarrier is not fenced");
+  emulated::change(machine.ctas[cta], shared_address(barrier), 1, 0);
+}
+inline void barrier_arrive_expecting(uint64_t* barrier, int bytes) { emulated::change(*self->cta, shared_address(barrier), 1, bytes); }
+// "mbarrier.try_wait.parity": true once the phase of that parity has ended, which before the first is that of parity 1.
+inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  emulated::wait_until([parity, cta = self->cta, address = shared_address(barrier)] {
+    return (emulated::barrier_at(*cta, address).phase & 1) != parity;
+  });
+}
+// "cp.async.bulk.tensor": to the same address, and counted by the same barrier, in every CTA of the mask.
+inline void load_box(const CUtensorMap* map, char* to, uint64_t* barrier, int x, int y, int ctas = 0) {
+  emulated::Copy copy{map, {}, shared_address(to), shared_address(barrier), x, y, static_cast<int>(machine.random() % 6)};
+  require(copy.address % 128 == 0, "the destination of a copy is not aligned to 128 bytes");
+  const int bytes = 2 * map->box_width * map->box_height;
+  for (emulated::Cta& cta : machine.ctas)
+    if (ctas ? ctas >> cta.rank & 1 : &cta == self->cta) {
+      require(cta.fenced, "the initialisation of an mbarrier is not fenced");
+      std::memset(emulated::at(cta, copy.address, bytes), 0xff, bytes);
+      copy.to.push_back(&cta);
+    }
+  machine.copies.push_back(copy);
+}
+// "wgmma.fence": before the first product, and again after the registers were free for use.
+inline void mma_fence() { meet(6), self->fenced = true; }
+template <class T> void mma(float (&d)[128], uint64_t a, uint64_t b, int add) {
+  require(self->fenced, "wgmma.mma_async before wgmma.fence");
+  emulated::Warp& w = *self->warp;
+  auto& asked = self->cta->asked[w.id / 4];
+  const uint64_t index = self->issued++;
+  const emulated::Product product{a, b, add, std::is_same_v<T, __half>, {}};
+  if (index == asked.size()) asked.push_back(product);
+  require(asked[index].a == a && asked[index].b == b && asked[index].add == add, "threads of a warpgroup ask for different products");
+  if (index == w.executed + w.products.size()) w.products.push_back(product);
+  w.products.at(index - w.executed).d[self->lane] = d;
+}
+inline void mma_commit() {
+  auto& groups = self->warp->groups;
+  if (self->committed == groups.size()) groups.push_back(self->issued);
+  require(groups[self->committed++] == self->issued, "lanes of a warp commit different products");
+}
+template <int pending> void mma_wait(float (&)[128]) {
+  meet(7 + pending, 0, [cta = self->cta, &w = *self->warp] {
+    const uint64_t until = w.groups.size() > pending ? w.groups[w.groups.size() - 1 - pending] : 0;
+    for (; w.executed < until; ++w.executed, w.products.pop_front()) emulated::execute(*cta, w, w.products.front());
+  });
+  if (pending == 0) self->fenced = false;
+}
+inline float flushed(double x) { return std::abs(x) < 0x1p-126 ? 0.0f : static_cast<float>(x); }
+inline float exp2_fast(float x) { return flushed(std::exp2(static_cast<double>(x))); }
+inline float reciprocal(float x) { return flushed(1.0 / x); }
+// cuda.h: what cuTensorMapEncodeTiled demands of a matrix without interleaving.
+inline CUresult encode_tiled(
+    CUtensorMap* map, int, int rank, void* data, const uint64_t* size, const uint64_t* pitch, const uint32_t* box, const uint32_t* step,
+    int, int swizzle, int, int) {
+  const auto aligned = [](const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; };
+  bool fits = rank == 2 && aligned(map, 64) && aligned(data, 16) && pitch[0] % 16 == 0 && pitch[0] < 1ull << 40;
+  for (int i = 0; i < 2; ++i) fits &= size[i] > 0 && size[i] <= 1ull << 32 && box[i] > 0 && box[i] <= 256 && step[i] == 1;
+  *map = {static_cast<char*>(data), int64_t(size[0]), int64_t(size[1]), int64_t(pitch[0]), int(box[0]), int(box[1])};
+  return fits && swizzle == CU_TENSOR_MAP_SWIZZLE_128B && box[0] * 2 == 128 ? CUDA_SUCCESS : 1;
+}
+inline auto tensor_map_encoder() { return &encode_tiled; }
+}  // namespace clipfast

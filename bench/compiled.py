@@ -1,6 +1,6 @@
 """Every GPU kernel compiled ahead of time, without a GPU: ``python -m bench.compiled [--json] [ops]``.
 
-An op's ``triton.py`` lists its variants in ``compiled()``; they are built for compute capability 8.0, 9.0 and 10.0, and the
+An op's ``triton.py`` lists its variants in ``compiled(capability)``; they are built for compute capability 8.0, 9.0 and 10.0, and the
 ptxas that Triton ships reports registers and spills. Pointers and sizes count as multiples of 16, as they are in training. The
 kernels of its ``cuda.cu`` are compiled for the same by nvcc, where there is one, and by the flags of the build.
 """
@@ -50,7 +50,7 @@ def modules(ops: list[str]) -> Iterator[tuple[str, ModuleType]]:
 
 
 def build(op: str, variant: tuple, capability: int) -> Row:
-    """Compile one variant of ``compiled()``; RuntimeError when ptxas refuses it."""
+    """Compile one variant of ``compiled(capability)``; RuntimeError when ptxas refuses it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -136,8 +136,8 @@ def main() -> None:
     rows = [
         build(op, variant, capability)
         for op, backend in (modules(arguments.ops) if arguments.only != "cuda" else ())
-        for variant in backend.compiled()
         for capability in CAPABILITIES
+        for variant in backend.compiled(capability)
     ]
     with_cuda = [op for op in arguments.ops if arguments.only != "triton" and nvcc() and passed.source_of(op, "cuda").exists()]
     rows += [row for op in with_cuda for capability in CAPABILITIES for row in compile_cuda(op, capability)]

@@ -36,7 +36,7 @@ from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys
 
-from .image import read_image
+from .image import as_rgb, read_image
 from .tokenizer import tokenize
 
 log = logging.getLogger(__name__)
@@ -400,7 +400,7 @@ class _BatchStream(IterableDataset[Batch | Exception]):
             try:
                 if not sample.error and not (sample.caption or "").strip():
                     raise ValueError("no caption")
-                pixels.append(random_square(_decode(sample, DRAFT * self.resolution).convert("RGB"), self.resolution, square))
+                pixels.append(random_square(as_rgb(_decode(sample, DRAFT * self.resolution)), self.resolution, square))
             except UNREADABLE as error:
                 tally.skip(sample, error)
                 continue

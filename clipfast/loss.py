@@ -199,9 +199,11 @@ class _Clip(torch.autograd.Function):
             image_grad -= 2 * unit * excess
         # dscale = Σ G_ij·⟨image_i, text_j⟩, which is ⟨image, G·text⟩ as well as ⟨text, Gᵀ·image⟩.
         dscale = inner(image, image_grad) if want_image else inner(text, text_grad)
+        image_grad = scaled(image_grad, scale, image.dtype)  # one after the other: each frees its wider self
+        text_grad = scaled(text_grad, scale, text.dtype)
         return (
-            scaled(image_grad, scale, image.dtype) if needs_image else None,
-            scaled(text_grad, scale, text.dtype) if needs_text else None,
+            image_grad if needs_image else None,
+            text_grad if needs_text else None,
             dscale.to(scale.dtype) if needs_scale else None,
             None,
             None,

@@ -4,12 +4,12 @@
 // A CTA makes 128 × 256 of S at a time: one thread loads by TMA through a ring of four stages of depth 64, two warpgroups multiply,
 // 64 × 256 each (128 registers a thread), and then take exponentials. What bounds a tile, in cycles of an SM:
 //   tensor cores  16·D at 2,048 FMA a cycle (D = 512: 8,192; 768: 12,288)
-//   L2            (128 + 256)·2·D bytes are 48 for a cycle of the tensor cores, and 24 to 31 come (5.5 to 7 TB/s): so CTAs work in
-//                 pairs on the same columns, each loading half of the text for both (multicast), 32 a cycle
+//   L2            (128 + 256)·2·D bytes are 48 for a cycle of the tensor cores, and about 30 come (7 TB/s): so CTAs work in pairs
+//                 on the same columns, each loading half of the text for both (multicast), 32 a cycle
 //   exponentials  2,048 for one an element, 16 a cycle, and nearly as many for the rest of the epilogue
 // The last would add to the first; therefore the second warpgroup starts two steps late and stays so: one multiplies while the other
 // is at its exponentials. A model of the ring with L2 at 32 bytes a cycle has the tensor cores busy 0.87 of the time at D = 512 and
-// 0.91 at 768 (0.79 and 0.85 without the lag, 0.62 without pairs); at 0.75, 740 TFLOP/s, an H100 runs out of power.
+// 0.91 at 768 (0.79 and 0.85 without the lag, 0.66 without pairs); at 0.75, 740 TFLOP/s, an H100 runs out of power.
 //
 // Gradients: G is written in 16 bit, in blocks of at most 2²⁸ elements, and multiplied by torch's cuBLAS with sums in fp32. A block of
 // 16,384² takes 3·2·D FLOP and 6 bytes an element, 4.4 and 1.8 ps at D = 512, so HBM keeps up behind the products; each block adds to
@@ -36,7 +36,7 @@ constexpr int kCluster = 2;                              // CTAs that share thei
 constexpr int kThreads = 384;                            // a warpgroup that loads, two that multiply
 constexpr int kLag = 2;                                  // steps by which the second of these starts later
 constexpr int kScratch = 2048;                           // floats for the epilogue of a warpgroup
-constexpr int64_t kEdge = 16384;                         // of a block of G, the other one where n or N is less
+constexpr int64_t kEdge = 16384;                         // of a block of G; more where the other edge, n or N, is less
 constexpr int kRowBytes = 2 * kDepth, kImageBytes = kRows * kRowBytes, kTextBytes = kColumns * kRowBytes;
 constexpr float kLog2E = 1.44269504f;
 

@@ -114,7 +114,7 @@ def described(x: Tensor, rows: int, columns: int, shape: dict[str, Any]) -> Any:
 
 
 def constants(shape: dict[str, Any]) -> tuple[dict[str, Any], int, int]:
-    """``shape`` as constants, warps and stages, the parts of a variant in ``compiled()``."""
+    """``shape`` as constants, warps and stages, the parts of a variant in ``compiled``."""
     return {k: v for k, v in shape.items() if not k.startswith("num_")}, shape["num_warps"], shape["num_stages"]
 
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 SPILLS = [("attention", r"_(forward|backward) bf16", (80,), 160)]
 
 # Ops that move bytes hide the wait for memory behind other warps: of an SM's 65,536 registers 128 a thread leave 16 warps.
+# Pooling in fp32 is none of them: it multiplies outside the tensor cores, from registers.
 MOVERS, REGISTERS = ("layer_norm", "mlp", "pooling"), 128
 
 
@@ -61,11 +62,11 @@ def test_nothing_spills_and_shared_memory_fits(rows: list[dict]) -> None:
 
 
 def test_what_moves_bytes_leaves_registers_for_other_warps(rows: list[dict]) -> None:
-    found = [row for row in rows if row["op"] in MOVERS]
+    found = [row for row in rows if row["op"] in MOVERS and not ("fp32" in row["kernel"] and row["op"] == "pooling")]
     assert found and not [row for row in found if row["registers"] > REGISTERS]
 
 
-@pytest.mark.parametrize("op", ["contrastive", "attention"])
+@pytest.mark.parametrize("op", ["contrastive", "pairwise_sigmoid", "attention"])
 def test_hopper_multiplies_bf16_by_wgmma(rows: list[dict], op: str) -> None:
     found = [row for row in rows if row["op"] == op and row["capability"] == 90 and "bf16" in row["kernel"]]
     # Tiles of fewer rows than wgmma's 64: 12 tokens, and the gradients of wide heads.

@@ -139,13 +139,14 @@ class Given(ctypes.Structure):
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if (compiler := shutil.which("g++")) is None:
         pytest.skip("g++ is not on the PATH")
-    folder = tmp_path_factory.mktemp("emulated")
-    (folder / "harness.cpp").write_text(HARNESS)
-    flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-w", "-fno-strict-aliasing", f"-I{ROOT}", f"-I{ROOT / 'tests'}"]
-    command = [compiler, *flags, str(folder / "harness.cpp"), "-o", str(folder / "harness.so")]
+    work = tmp_path_factory.mktemp("emulated")
+    (work / "harness.cpp").write_text(HARNESS)
+    flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-w", "-fno-strict-aliasing"]
+    includes = [f"-I{ROOT / folder}" for folder in ("", "kernels", "tests")]
+    command = [compiler, *flags, *includes, str(work / "harness.cpp"), "-o", str(work / "harness.so")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(folder / "harness.so"))
+    return ctypes.CDLL(str(work / "harness.so"))
 
 
 class Case:
@@ -221,7 +222,7 @@ def test_statistics(library: ctypes.CDLL, name: str) -> None:
     case.call(library.contrastive, row_top, row_sum, col_top, col_sum, diagonal)
     for top, total, dim in ((row_top, row_sum, 1), (col_top, col_sum, 0)):
         truth = case.s.logsumexp(dim)
-        # s itself is rounded to fp32: 4e-6 at 100
+        # fp32 rounds the products of s and s itself: 3e-5 at 100
         assert torch.equal(truth.isnan(), total.isnan())
         error = (top.double() + total.double().log() - truth).nan_to_num().abs().max()
         assert error <= 4e-7 + 3e-7 * case.s.nan_to_num().abs().max(), f"error {error:.2e}"

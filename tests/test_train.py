@@ -36,7 +36,7 @@ SIZES = {
 RESNET = SIZES | {"vision_layers": (1, 1, 1, 1), "vision_width": 16, "vision_patch_size": None}
 
 
-def pairs(step: int, rows: int = 8, labels: bool = False) -> Batch:
+def pairs(step: int, rows: int = 8, labels: bool = False, side: int = 32) -> Batch:
     """Learnable pairs: the first word of the caption is the colour of the image."""
     random = torch.Generator().manual_seed(step)
     word = torch.randint(1, 9, (rows,), generator=random)
@@ -45,7 +45,7 @@ def pairs(step: int, rows: int = 8, labels: bool = False) -> Batch:
     tokens[:, 0], tokens[:, 1] = 61, word
     tokens[torch.arange(12) >= lengths[:, None] - 1] = 0
     tokens[torch.arange(rows), lengths - 1] = 63
-    pixels = torch.randn(rows, 3, 32, 32, generator=random) * 0.1 + (word.float() - 4).view(-1, 1, 1, 1)
+    pixels = torch.randn(rows, 3, side, side, generator=random) * 0.1 + (word.float() - 4).view(-1, 1, 1, 1)
     return Batch(pixels, tokens.int(), lengths, word if labels else None)
 
 

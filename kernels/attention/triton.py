@@ -194,7 +194,7 @@ def _tiles(dtype: torch.dtype, K: int, length: int) -> tuple[dict[str, Any], dic
     )
 
 
-def compiled() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+def compiled(capability: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
     """(name, kernel, signature, constants, num_warps, num_stages) of the variants that bench/compiled.py builds."""
     variants = []
     bf16, fp32 = torch.bfloat16, torch.float32

@@ -12,33 +12,22 @@
 namespace clipfast {
 namespace {
 
-constexpr int64_t kBlock = 16384;  // floats of one task's block: 64 KB of each tensor, so that its second reading comes from L2
+constexpr int64_t kBlock = 32768;  // floats of one task's block: 128 KB of each tensor, so that its second reading comes from L2
 
-// Per channel: the mean of the block's rows and Σ (x - mean)², exactly merged later. x: [rows, C], rows a multiple of P / C but for the last.
+// Σ x and Σ (x - mean)² of a block, per place of the pattern.
 CLIPFAST_CLONES void block_sums(const float* x, int64_t count, int64_t P, float* sum) {
-  int64_t i = 0;
-  for (; i + 4 * P <= count; i += 4 * P)
-    for (int64_t p = 0; p < P; ++p) sum[p] += (x[i + p] + x[i + P + p]) + (x[i + 2 * P + p] + x[i + 3 * P + p]);
-  for (; i + P <= count; i += P)
-    for (int64_t p = 0; p < P; ++p) sum[p] += x[i + p];
-  for (int64_t p = 0; i < count; ++i, ++p) sum[p] += x[i];
+  for (int64_t i = 0; i < count; i += P) {
+    const int64_t n = std::min(P, count - i);
+#pragma omp simd
+    for (int64_t p = 0; p < n; ++p) sum[p] += x[i + p];
+  }
 }
 
 CLIPFAST_CLONES void block_squares(const float* x, int64_t count, int64_t P, const float* mean, float* squares) {
-  int64_t i = 0;
-  for (; i + 4 * P <= count; i += 4 * P)
-    for (int64_t p = 0; p < P; ++p) {
-      const float m = mean[p], a = x[i + p] - m, b = x[i + P + p] - m, c = x[i + 2 * P + p] - m, d = x[i + 3 * P + p] - m;
-      squares[p] += (a * a + b * b) + (c * c + d * d);
-    }
-  for (; i + P <= count; i += P)
-    for (int64_t p = 0; p < P; ++p) {
-      const float d = x[i + p] - mean[p];
-      squares[p] += d * d;
-    }
-  for (int64_t p = 0; i < count; ++i, ++p) {
-    const float d = x[i] - mean[p];
-    squares[p] += d * d;
+  for (int64_t i = 0; i < count; i += P) {
+    const int64_t n = std::min(P, count - i);
+#pragma omp simd
+    for (int64_t p = 0; p < n; ++p) squares[p] += (x[i + p] - mean[p]) * (x[i + p] - mean[p]);
   }
 }
 
@@ -53,43 +42,67 @@ CLIPFAST_INLINE float normalised(float x, float scale, float shift, const float*
 #define CLIPFAST_NORMALISE(name, kResidual, kRelu)                                                                          \
   CLIPFAST_CLONES void name(                                                                                                \
       const float* x, const float* residual, const float* scale, const float* shift, float* y, int64_t count, int64_t P) {  \
-    for (int64_t i = 0; i + P <= count; i += P)                                                                             \
-      for (int64_t p = 0; p < P; ++p)                                                                                       \
+    for (int64_t i = 0; i < count; i += P) {                                                                                \
+      const int64_t n = std::min(P, count - i);                                                                             \
+      _Pragma("omp simd") for (int64_t p = 0; p < n; ++p)                                                                   \
         y[i + p] = normalised<kResidual, kRelu>(x[i + p], scale[p], shift[p], residual + i + p);                            \
-    for (int64_t i = count - count % P, p = 0; i < count; ++i, ++p)                                                         \
-      y[i] = normalised<kResidual, kRelu>(x[i], scale[p], shift[p], residual + i);                                          \
+    }                                                                                                                       \
   }
 CLIPFAST_NORMALISE(normalise, false, false)
 CLIPFAST_NORMALISE(normalise_relu, false, true)
 CLIPFAST_NORMALISE(normalise_residual, true, false)
 CLIPFAST_NORMALISE(normalise_residual_relu, true, true)
 
-// g = dy where y > 0 (y null: everywhere); Σ g and Σ g·(x - mean) per place of the pattern; g is kept when there is somewhere to keep it.
-CLIPFAST_CLONES void gradient_sums(
-    const float* dy, const float* x, const float* y, const float* mean, float* g, float* sum, float* product, int64_t count,
-    int64_t P) {
-  for (int64_t i = 0; i < count; i += P) {
-    const int64_t n = std::min(P, count - i);
-    if (y)
-      for (int64_t p = 0; p < n; ++p) g[i + p] = y[i + p] > 0.0f ? dy[i + p] : 0.0f;
-    else
-      for (int64_t p = 0; p < n; ++p) g[i + p] = dy[i + p];
-    for (int64_t p = 0; p < n; ++p) {
-      sum[p] += g[i + p];
-      product[p] += g[i + p] * (x[i + p] - mean[p]);
-    }
-  }
+// The gradient before the ReLU, g = dy where y > 0. Both passes make it from dy and y: kept between them it would be one tensor more
+// that the first pass writes, and the second would find less of the others in the cache.
+template <bool kRelu>
+CLIPFAST_INLINE float masked(float dy, float y) {
+  return !kRelu || y > 0.0f ? dy : 0.0f;
 }
 
-// dx = a·g + b·(x - mean) + c, per channel
-CLIPFAST_CLONES void input_gradient(
-    const float* g, const float* x, const float* mean, const float* a, const float* b, const float* c, float* dx, int64_t count,
-    int64_t P) {
-  for (int64_t i = 0; i < count; i += P) {
-    const int64_t n = std::min(P, count - i);
-    for (int64_t p = 0; p < n; ++p) dx[i + p] = a[p] * g[i + p] + b[p] * (x[i + p] - mean[p]) + c[p];
-  }
+// The compiler loads dy under the mask that it makes of y, so the processor asks for it only when y is there: this asks before.
+constexpr int64_t kAhead = 1024;
+CLIPFAST_INLINE void fetch(const float* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(p + i);
 }
+
+// Σ g and Σ g·(x - mean) per place of the pattern.
+#define CLIPFAST_GRADIENT_SUMS(name, kRelu)                                                                                 \
+  CLIPFAST_CLONES void name(                                                                                                \
+      const float* dy, const float* x, const float* y, const float* mean, float* sum, float* product, int64_t count,        \
+      int64_t P) {                                                                                                          \
+    for (int64_t i = 0; i < count; i += P) {                                                                                \
+      const int64_t n = std::min(P, count - i);                                                                             \
+      if (kRelu) fetch(dy + i + kAhead, n);                                                                                 \
+      _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {                                                                 \
+        const float g = masked<kRelu>(dy[i + p], y[i + p]);                                                                 \
+        sum[p] += g;                                                                                                        \
+        product[p] += g * (x[i + p] - mean[p]);                                                                             \
+      }                                                                                                                     \
+    }                                                                                                                       \
+  }
+CLIPFAST_GRADIENT_SUMS(gradient_sums, false)
+CLIPFAST_GRADIENT_SUMS(gradient_sums_relu, true)
+
+// dx = a·g + b·(x - mean) + c per channel, and the residual's gradient g
+#define CLIPFAST_INPUT_GRADIENT(name, kResidual, kRelu)                                                                     \
+  CLIPFAST_CLONES void name(                                                                                                \
+      const float* dy, const float* x, const float* y, const float* mean, const float* a, const float* b, const float* c,   \
+      float* dx, float* dresidual, int64_t count, int64_t P) {                                                              \
+    for (int64_t i = 0; i < count; i += P) {                                                                                \
+      const int64_t n = std::min(P, count - i);                                                                             \
+      if (kRelu) fetch(dy + i + kAhead, n);                                                                                 \
+      _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {                                                                 \
+        const float g = masked<kRelu>(dy[i + p], y[i + p]);                                                                 \
+        if (kResidual) dresidual[i + p] = g;                                                                                \
+        dx[i + p] = a[p] * g + b[p] * (x[i + p] - mean[p]) + c[p];                                                          \
+      }                                                                                                                     \
+    }                                                                                                                       \
+  }
+CLIPFAST_INPUT_GRADIENT(input_gradient, false, false)
+CLIPFAST_INPUT_GRADIENT(input_gradient_relu, false, true)
+CLIPFAST_INPUT_GRADIENT(input_gradient_residual, true, false)
+CLIPFAST_INPUT_GRADIENT(input_gradient_residual_relu, true, true)
 
 // Adds a block's means and squared deviations to those of all blocks before it; the factors are the same for every channel.
 CLIPFAST_CLONES void merge(
@@ -101,18 +114,30 @@ CLIPFAST_CLONES void merge(
   }
 }
 
+// total[c] += part[c]
+CLIPFAST_CLONES void add(const float* part, double* total, int64_t C) {
+#pragma omp simd
+  for (int64_t c = 0; c < C; ++c) total[c] += part[c];
+}
+
 struct Pattern {  // how [rows, C] is cut into blocks of whole patterns of P floats
   int64_t C, rows, P, block, blocks;
   Pattern(const Tensor& x) : C(x.size(1)), rows(x.numel() / C) {
-    P = C * ((64 + C - 1) / C);
+    P = C * ((256 + C - 1) / C);
     block = P * std::max<int64_t>(1, kBlock / P);
     blocks = (rows * C + block - 1) / block;
   }
   int64_t count(int64_t b) const { return std::min(block, rows * C - b * block); }
   std::vector<float> repeated(const float* channel) const {
     std::vector<float> out(P);
-    for (int64_t p = 0; p < P; ++p) out[p] = channel[p % C];
+    for (int64_t p = 0; p < P; p += C) std::copy(channel, channel + C, out.begin() + p);
     return out;
+  }
+  // Per channel, the sum over the places of a pattern.
+  void folded(const std::vector<float>& places, float* channel) const {
+    std::copy(places.begin(), places.begin() + C, channel);
+    for (int64_t p = C; p < P; p += C)
+      for (int64_t c = 0; c < C; ++c) channel[c] += places[p + c];
   }
 };
 
@@ -120,6 +145,14 @@ template <class F>
 void each_block(const Pattern& pattern, const F& f) {
   torch::stable::parallel_for(0, pattern.blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) f(b);
+  });
+}
+
+// From the last to the first: what the pass before read last is still in the cache.
+template <class F>
+void each_block_back(const Pattern& pattern, const F& f) {
+  torch::stable::parallel_for(0, pattern.blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = end; b-- > begin;) f(b);
   });
 }
 
@@ -139,13 +172,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     const int64_t count = s.count(b);
     block_sums(xp + b * s.block, count, s.P, sum.data());
     float* m = means.data() + b * s.C;
-    for (int64_t c = 0; c < s.C; ++c) {
-      float total = 0.0f;
-      for (int64_t p = c; p < s.P; p += s.C) total += sum[p];
-      m[c] = total / static_cast<float>(count / s.C);
-    }
+    s.folded(sum, m);
+    for (int64_t c = 0; c < s.C; ++c) m[c] /= static_cast<float>(count / s.C);
     block_squares(xp + b * s.block, count, s.P, s.repeated(m).data(), square.data());
-    for (int64_t p = 0; p < s.P; ++p) squares[b * s.C + p % s.C] += square[p];
+    s.folded(square, squares.data() + b * s.C);
   });
   std::vector<double> centre(s.C, 0.0), total(s.C, 0.0);
   double n = 0;
@@ -165,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   const auto scales = s.repeated(scale.data()), shifts = s.repeated(shift.data());
   const auto run = residual ? (relu ? normalise_residual_relu : normalise_residual) : (relu ? normalise_relu : normalise);
   float* yp = mutable_floats(y);
-  each_block(s, [&](int64_t b) {
+  each_block_back(s, [&](int64_t b) {
     const int64_t at = b * s.block;
     run(xp + at, rp + at, scales.data(), shifts.data(), yp + at, s.count(b), s.P);
   });
@@ -179,26 +209,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor weight = contiguous(weight_), mean = contiguous(mean_), rstd = contiguous(rstd_);
   Tensor dx = empty_like(x), dweight = new_empty(weight, {s.C}), dbias = new_empty(weight, {s.C});
   Tensor dresidual = residual ? empty_like(x) : new_empty(x, {0});
-  // The masked gradient is the residual's; without one it waits in dx for the second pass.
-  float *g = mutable_floats(residual ? dresidual : dx), *dxp = mutable_floats(dx);
-  const float *dyp = floats(dy), *xp = floats(x), *yp = y ? floats(*y) : nullptr;
+  float *dxp = mutable_floats(dx), *drp = residual ? mutable_floats(dresidual) : dxp;
+  const float *dyp = floats(dy), *xp = floats(x), *yp = y ? floats(*y) : dyp;
   const auto means = s.repeated(floats(mean));
   std::vector<float> sums(s.blocks * s.C), products(s.blocks * s.C);
+  const auto sum_up = y ? gradient_sums_relu : gradient_sums;
   each_block(s, [&](int64_t b) {
     std::vector<float> sum(s.P, 0.0f), product(s.P, 0.0f);
     const int64_t at = b * s.block;
-    gradient_sums(dyp + at, xp + at, yp ? yp + at : nullptr, means.data(), g + at, sum.data(), product.data(), s.count(b), s.P);
-    for (int64_t p = 0; p < s.P; ++p) {
-      sums[b * s.C + p % s.C] += sum[p];
-      products[b * s.C + p % s.C] += product[p];
-    }
+    sum_up(dyp + at, xp + at, yp + at, means.data(), sum.data(), product.data(), s.count(b), s.P);
+    s.folded(sum, sums.data() + b * s.C);
+    s.folded(product, products.data() + b * s.C);
   });
   std::vector<double> all_sums(s.C, 0.0), all_products(s.C, 0.0);
-  for (int64_t b = 0; b < s.blocks; ++b)
-    for (int64_t c = 0; c < s.C; ++c) {
-      all_sums[c] += sums[b * s.C + c];
-      all_products[c] += products[b * s.C + c];
-    }
+  for (int64_t b = 0; b < s.blocks; ++b) {
+    add(sums.data() + b * s.C, all_sums.data(), s.C);
+    add(products.data() + b * s.C, all_products.data(), s.C);
+  }
   std::vector<float> a(s.C), b_(s.C), c_(s.C);
   for (int64_t c = 0; c < s.C; ++c) {
     const double sum = all_sums[c], product = all_products[c];
@@ -210,9 +237,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     c_[c] = static_cast<float>(-w * r * sum / n);
   }
   const auto as = s.repeated(a.data()), bs = s.repeated(b_.data()), cs = s.repeated(c_.data());
-  each_block(s, [&](int64_t b) {
+  const auto run = residual ? (y ? input_gradient_residual_relu : input_gradient_residual) : (y ? input_gradient_relu : input_gradient);
+  each_block_back(s, [&](int64_t b) {
     const int64_t at = b * s.block;
-    input_gradient(g + at, xp + at, means.data(), as.data(), bs.data(), cs.data(), dxp + at, s.count(b), s.P);
+    run(
+        dyp + at, xp + at, yp + at, means.data(), as.data(), bs.data(), cs.data(), dxp + at, drp + at, s.count(b), s.P);
   });
   return {dx, dresidual, dweight, dbias};
 }

@@ -124,9 +124,11 @@ class _Contrastive(torch.autograd.Function):
         # dscale = Σ G_ij·⟨image_i, text_j⟩, which is ⟨image, G·text⟩ as well as ⟨text, Gᵀ·image⟩.
         features, gradient = (image, image_grad) if want_image else (text, text_grad)
         dscale = inner(features, gradient).to(scale.dtype) if needs_scale else None
+        image_grad = scaled(image_grad, scale, image.dtype)  # one after the other: each frees its wider self
+        text_grad = scaled(text_grad, scale, text.dtype)
         return (
-            scaled(image_grad, scale, image.dtype) if needs_image else None,
-            scaled(text_grad, scale, text.dtype) if needs_text else None,
+            image_grad if needs_image else None,
+            text_grad if needs_text else None,
             dscale,
             None,
         )
@@ -150,6 +152,8 @@ def supports_cuda(image: Tensor, text: Tensor, *rest: object) -> str | None:
     D = image.shape[1]
     if D % 8 or D > 1536:
         return f"expected a width D that is a multiple of 8, at most 1536, got {D}"
+    if any(x.is_contiguous() and x.data_ptr() % 16 for x in (image, text)):
+        return "expected features that start at a multiple of 16 bytes; pass a copy"
     return None if image.numel() and text.numel() else "expected at least one row and one column"
 
 

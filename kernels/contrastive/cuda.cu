@@ -7,7 +7,7 @@
 //
 // Gradients: G = 2^(x - t)·(a_i + b_j) with a_i = row_grad_i·2^(t - row_lse_i), b_j alike and t the largest log-sum-exp: again one
 // exponential, where all log-sum-exps lie within 80 of each other (55 in nats), else two. `facts_kernel` decides on the device.
-#include "../similarity.cuh"
+#include "similarity.cuh"
 
 #include <tuple>
 
@@ -125,6 +125,7 @@ template <class T> struct Statistics {
   // their own maxima, the thread's shares of the rows being there.
   template <bool apart> __device__ bool reduce(const float (&s)[128], int column, const float (&tops)[2], float (&sums)[2]) {
     constexpr float kFaint = 0x1p-90f;  // the least sum that is surely right
+    const int left = first - seat.lane / 4 < given.rows ? given.columns - column - 2 * seat.lane : 0;  // columns that count
     bool right = true;
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
@@ -140,8 +141,7 @@ template <class T> struct Statistics {
       }
       spread(x, seat.lane);
       columns[(seat.warp * kColumns + 64 * part) / 2 + seat.lane] = make_float4(own[0], x[0], own[1], x[1]);
-      for (int e = 0; e < 2; ++e)  // but those outside
-        right &= first - seat.lane / 4 >= given.rows || column + 64 * part + 2 * seat.lane + e >= given.columns || !(x[e] < kFaint);
+      for (int e = 0; e < 2; ++e) right &= 64 * part + e >= left || !(x[e] < kFaint);
     }
     for (int h = 0; h < 2; ++h) {
       sums[h] = quad_sum(sums[h]);
@@ -181,11 +181,10 @@ struct Facts {
 // be subnormal in fp16).
 constexpr int kFactThreads = 1024;
 __global__ void __launch_bounds__(kFactThreads) facts_kernel(
-    const float* row_lse, const float* col_lse, const float* row_grad, const float* col_grad, const float* diagonal_grad, int n, int N,
-    Facts* facts) {
+    const float* row_lse, const float* col_lse, const float* row_grad, const float* col_grad, const float* diagonal_grad, int n,
+    int N, Facts* facts) {
   __shared__ float warps[3][kFactThreads / 32];
   float largest[3] = {kLow, kLow, 0.0f};  // of log-sum-exps, of their negatives (infinite where one is not a number), of gradients
-#pragma unroll
   for (int k = 0; k < 3; ++k)
     for (int i = threadIdx.x; i < (k < 2 ? n : N); i += kFactThreads) {
       const float lse = (k < 2 ? row_lse : col_lse)[i], grad = (k == 0 ? row_grad : k == 1 ? diagonal_grad : col_grad)[i];
@@ -339,7 +338,8 @@ std::tuple<Tensor, Tensor> backward_op(
   constexpr auto at = data<float>;
   if (want_image || want_text)
     in.run([&](const auto& p) {
-      backward(in.call, p, at(row_lse), at(col_lse), at(row_grad), at(col_grad), at(diagonal_grad), wanted(image_grad), wanted(text_grad));
+      backward(in.call, p, at(row_lse), at(col_lse), at(row_grad), at(col_grad), at(diagonal_grad), wanted(image_grad),
+               wanted(text_grad));
     });
   return {image_grad, text_grad};
 }

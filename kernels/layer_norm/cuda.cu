@@ -3,7 +3,7 @@
 // Bytes are the floor: forward reads x (and the residual) and writes y (and s), the row waiting in registers between its mean, its
 // deviation and its result. Backward adds the gradients of gain and bias in registers over the rows of a CTA; a second kernel adds
 // the CTAs' parts in order: no atomics, equal inputs give equal bits.
-#include "../device.cuh"
+#include "device.cuh"
 
 #include <algorithm>
 #include <optional>

@@ -85,7 +85,7 @@ def _tiles(C: int) -> tuple[dict[str, int], dict[str, int]]:
     return forward, dict(ROWS=max(1, 2048 // columns), COLUMNS=columns, num_warps=warps)
 
 
-def compiled() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+def compiled(capability: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
     """(name, kernel, signature, constants, num_warps, num_stages) of the variants that bench/compiled.py builds."""
     variants = []
     for pointer, C, fused in (("*bf16", 512, True), ("*bf16", 768, False), ("*bf16", 1024, True), ("*fp32", 1024, True)):

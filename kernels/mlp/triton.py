@@ -61,7 +61,7 @@ def _backward(
     tl.store(dbiases + tl.program_id(1).to(tl.int64) * F + column, tl.sum(total, 0), mask=column < F)
 
 
-def compiled() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+def compiled(capability: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
     """(name, kernel, signature, constants, num_warps, num_stages) of the variants that bench/compiled.py builds."""
     variants = []
     for pointer, quick in (("*bf16", True), ("*bf16", False), ("*fp32", True)):

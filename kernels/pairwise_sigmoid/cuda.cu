@@ -6,7 +6,7 @@
 // from D = 512 on.
 //
 // Where a row has its pair, l is negated: loss softplus(-l), gradient -σ(-l).
-#include "../similarity.cuh"
+#include "similarity.cuh"
 
 #include <tuple>
 
@@ -124,7 +124,8 @@ void forward(
 #ifndef CLIPFAST_EMULATED
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(
-    const Tensor& image, const Tensor& text, const Tensor& scale, const Tensor& bias_, int64_t offset, bool want_image, bool want_text) {
+    const Tensor& image, const Tensor& text, const Tensor& scale, const Tensor& bias_, int64_t offset, bool want_image,
+    bool want_text) {
   const Inputs in("pairwise_sigmoid", image, text, scale, offset);
   const Tensor bias = to(bias_, ScalarType::Float), loss = in.floats(in.n), slope = in.floats(in.n);
   const Tensor image_grad = in.gradient(want_image ? in.n : 0), text_grad = in.gradient(want_text ? in.N : 0);

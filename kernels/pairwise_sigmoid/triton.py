@@ -133,7 +133,7 @@ def _sweep(
         tl.store(out + across.to(tl.int64) * rows + here, slope, mask=here < rows)
 
 
-def compiled(capability: int = 80) -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+def compiled(capability: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
     """(name, kernel, signature, constants, num_warps, num_stages) of the variants that bench/compiled.py builds.
 
     Those that GPUs of this compute capability run; what 8.0 runs compiles for all.

@@ -143,7 +143,7 @@ def _tiles(dtype: torch.dtype, H: int, length: int) -> dict[str, Any]:
     return dict(HEADS=heads, ROWS=rows, CHUNK=CHUNK, PRECISION=precision, num_warps=4, num_stages=2)
 
 
-def compiled() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
+def compiled(capability: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
     """(name, kernel, signature, constants, num_warps, num_stages) of the variants that bench/compiled.py builds."""
     variants = []
     for dtype, H, length, packed in (

@@ -1,8 +1,8 @@
 """Every GPU kernel compiled ahead of time, without a GPU: ``python -m bench.compiled [--json] [ops]``.
 
-An op's ``triton.py`` lists its variants in ``compiled(capability)``; they are built for compute capability 8.0, 9.0 and 10.0, and the
-ptxas that Triton ships reports registers and spills. Pointers and sizes count as multiples of 16, as they are in training. The
-kernels of its ``cuda.cu`` are compiled for the same by nvcc, where there is one, and by the flags of the build.
+An op's ``triton.py`` lists its variants in ``compiled(capability)``; they are built for compute capability 8.0, 9.0 and 10.0,
+and the ptxas that Triton ships reports registers and spills. Pointers and sizes count as multiples of 16, as they are in
+training. The kernels of its ``cuda.cu`` are compiled for the same by nvcc, where there is one, and by the flags of the build.
 """
 
 from __future__ import annotations

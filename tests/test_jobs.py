@@ -107,7 +107,8 @@ def job(rank: int, folder: str) -> None:
     groups = {size: dist.new_group(range(size)) for size in (2, 4)}
     found: dict[str, Any] = {}
     alone, together = ([case for case in CASES if (case[1] == 1) == one] for one in (True, False))
-    for case in [*alone[rank::4], *(case for case in together if rank < case[1])]:
+    # The last process takes the longest of its own, beside the first two's cases of two ranks.
+    for case in [*alone[3 - rank :: 4], *(case for case in together if rank < case[1])]:
         own = case_gradients(case, rank % case[1], groups.get(case[1]))
         if rank == case[1] - 1 or case[1] == 1:  # the last one's, for the first could have done all by itself
             found["-".join(map(str, case))] = own

@@ -12,12 +12,14 @@
 namespace clipfast {
 namespace {
 
+constexpr int64_t kAhead = 512;    // floats from what is read now to what is fetched
 constexpr int64_t kBlock = 32768;  // floats of one task's block: 128 KB of each tensor, so that its second reading comes from L2
 
 // Σ x and Σ (x - mean)² of a block, per place of the pattern.
 CLIPFAST_CLONES void block_sums(const float* x, int64_t count, int64_t P, float* sum) {
   for (int64_t i = 0; i < count; i += P) {
     const int64_t n = std::min(P, count - i);
+    fetch(x + i + kAhead, n);
 #pragma omp simd
     for (int64_t p = 0; p < n; ++p) sum[p] += x[i + p];
   }
@@ -44,6 +46,8 @@ CLIPFAST_INLINE float normalised(float x, float scale, float shift, const float*
       const float* x, const float* residual, const float* scale, const float* shift, float* y, int64_t count, int64_t P) {  \
     for (int64_t i = 0; i < count; i += P) {                                                                                \
       const int64_t n = std::min(P, count - i);                                                                             \
+      fetch(x + i + kAhead, n);                                                                                             \
+      if (kResidual) fetch(residual + i + kAhead, n);                                                                       \
       _Pragma("omp simd") for (int64_t p = 0; p < n; ++p)                                                                   \
         y[i + p] = normalised<kResidual, kRelu>(x[i + p], scale[p], shift[p], residual + i + p);                            \
     }                                                                                                                       \
@@ -60,12 +64,6 @@ CLIPFAST_INLINE float masked(float dy, float y) {
   return !kRelu || y > 0.0f ? dy : 0.0f;
 }
 
-// The compiler loads dy under the mask that it makes of y, so the processor asks for it only when y is there: this asks before.
-constexpr int64_t kAhead = 1024;
-CLIPFAST_INLINE void fetch(const float* p, int64_t n) {
-  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(p + i);
-}
-
 // Σ g and Σ g·(x - mean) per place of the pattern.
 #define CLIPFAST_GRADIENT_SUMS(name, kRelu)                                                                                 \
   CLIPFAST_CLONES void name(                                                                                                \
@@ -73,7 +71,8 @@ CLIPFAST_INLINE void fetch(const float* p, int64_t n) {
       int64_t P) {                                                                                                          \
     for (int64_t i = 0; i < count; i += P) {                                                                                \
       const int64_t n = std::min(P, count - i);                                                                             \
-      if (kRelu) fetch(dy + i + kAhead, n);                                                                                 \
+      fetch(dy + i + kAhead, n), fetch(x + i + kAhead, n);                                                                  \
+      if (kRelu) fetch(y + i + kAhead, n);                                                                                  \
       _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {                                                                 \
         const float g = masked<kRelu>(dy[i + p], y[i + p]);                                                                 \
         sum[p] += g;                                                                                                        \
@@ -91,7 +90,8 @@ CLIPFAST_GRADIENT_SUMS(gradient_sums_relu, true)
       float* dx, float* dresidual, int64_t count, int64_t P) {                                                              \
     for (int64_t i = 0; i < count; i += P) {                                                                                \
       const int64_t n = std::min(P, count - i);                                                                             \
-      if (kRelu) fetch(dy + i + kAhead, n);                                                                                 \
+      fetch(dy + i + kAhead, n), fetch(x + i + kAhead, n);                                                                  \
+      if (kRelu) fetch(y + i + kAhead, n);                                                                                  \
       _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {                                                                 \
         const float g = masked<kRelu>(dy[i + p], y[i + p]);                                                                 \
         if (kResidual) dresidual[i + p] = g;                                                                                \

@@ -10,6 +10,7 @@ namespace clipfast {
 namespace {
 
 constexpr int64_t kRows = 16;  // rows of one task: 16 × 768 floats of four tensors are 200 KB, within L2
+constexpr int64_t kGroups = 64;  // at most, of rows with a partial sum of their own: 64 × 2 × 768 floats are 400 KB
 
 // x, residual (may be null), y, s (null where residual is): [rows, C]; weight, bias: [C]; mean, rstd: [rows]
 CLIPFAST_CLONES void forward_rows(
@@ -101,7 +102,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const Tensor dy = contiguous(dy_), s = contiguous(s_), weight = contiguous(weight_), mean = contiguous(mean_),
                rstd = contiguous(rstd_);
   const Tensor ds = ds_ ? contiguous(*ds_) : dy;
-  const int64_t C = weight.numel(), rows = C ? s.numel() / C : 0, groups = (rows + kRows - 1) / kRows;
+  const int64_t C = weight.numel(), rows = C ? s.numel() / C : 0, each = std::max(kRows, (rows + kGroups - 1) / kGroups),
+                groups = (rows + each - 1) / each;
   Tensor dx = new_empty(dy, dy.sizes()), dweight = new_empty(weight, {C}), dbias = new_empty(weight, {C});
   const float *gp = floats(dy), *ap = ds_ ? floats(ds) : nullptr, *sp = floats(s), *wp = floats(weight), *mp = floats(mean),
               *rp = floats(rstd);
@@ -110,10 +112,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   std::vector<float> parts(2 * groups * C, 0.0f);
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
-      const int64_t r = group * kRows, at = r * C;
+      const int64_t r = group * each, at = r * C;
       float* part = parts.data() + 2 * group * C;
       backward_rows(
-          gp + at, ap ? ap + at : nullptr, sp + at, wp, mp + r, rp + r, xp + at, part, part + C, std::min(kRows, rows - r), C);
+          gp + at, ap ? ap + at : nullptr, sp + at, wp, mp + r, rp + r, xp + at, part, part + C, std::min(each, rows - r), C);
     }
   });
   float *dw = mutable_floats(dweight), *db = mutable_floats(dbias);

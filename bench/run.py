@@ -24,7 +24,9 @@ from xml.etree import ElementTree
 from bench.record import ROOT, problems
 from clipfast.kernels import passed
 
-ENDS = {"cuda": {"tests": 180, "benchmarks": 350}, "cpu": {"tests": 1200, "benchmarks": 1800}}  # seconds from the start
+# Seconds from the start.
+ENDS = {"cuda": {"tests": 180, "benchmarks": 350}, "cpu": {"tests": 1200, "benchmarks": 1800, "long": 3000}}
+LONG = ["bench/test_losses.py", "--full", "-k", "growth or 16384"]  # what a record of a CPU has of the long grid
 
 
 def phase(name: str, command: Sequence[str], out: Path, seconds: float, **environment: str) -> int:
@@ -64,6 +66,12 @@ def counted(xml: Path) -> dict[str, dict[str, dict[str, Any]]]:
     return dict(found)
 
 
+def merged(rows: list[dict[str, Any]], later: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``rows`` with those of ``later`` in the place of the same ones, or at the end."""
+    found = {(row["group"], row["name"]): row for row in rows} | {(row["group"], row["name"]): row for row in later}
+    return list(found.values())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when everything was built, passed and measured; the record is written in any case in which something was measured."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -81,27 +89,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = ["tests/test_kernels.py", *(["tests/test_loss.py"] if cuda else [])]
     tests = [*pytest, *files, f"--junitxml={xml}", *workers, "-k", only]
     codes = [phase("tests", tests, out, ends["tests"], TRITON_INTERPRET="0")]
-    measuring = [
-        *pytest,
-        "bench",
-        "--benchmark-only",
-        "--continue-on-collection-errors",
-        "--record",
-        str(rows),
-        "-k",
-        *(matching or [""]),
-    ]
-    codes.append(phase("benchmarks", measuring, out, ends["benchmarks"] - (perf_counter() - start)))
+    measuring = [*pytest, "--benchmark-only", "--continue-on-collection-errors", "--record", str(rows)]
+    left = ends["benchmarks"] - (perf_counter() - start)
+    codes.append(phase("benchmarks", [*measuring, "bench", "-k", *(matching or [""])], out, left))
     if not rows.exists():
         print("no record: nothing was measured", file=sys.stderr)
         return 1
-    record = json.loads(rows.read_text()) | {
+    made = json.loads(rows.read_text())
+    if not cuda and not matching:
+        rows.unlink()
+        codes.append(phase("long", [*measuring, *LONG], out, ends["long"] - (perf_counter() - start)))
+        made["rows"] = merged(made["rows"], json.loads(rows.read_text())["rows"] if rows.exists() else [])
+    record = made | {
         "tests": counted(xml) if xml.exists() else {},
         "tests_finished": codes[0] in (0, 1),
     }
     name = re.sub(r"\W+", "-", record["machine"]["device"]).strip("-").lower() if cuda else "cpu"
     (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    rows.unlink()
+    rows.unlink(missing_ok=True)
     xml.unlink(missing_ok=True)
     if importlib.util.find_spec("matplotlib"):
         from bench.plot import charts

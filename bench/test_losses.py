@@ -124,7 +124,7 @@ def test_loss(compare, name: str, N: int) -> None:
     for rival in runs.values():
         if not isinstance(rival, str):
             torch.testing.assert_close(ours().float(), rival().float(), rtol=tolerance, atol=1e-4)
-    compare(ours, runs, rounds=11 if GPU else max(3, min(21, (1 << 28) // (N * N))), items=N, N=N, D=D)
+    compare(ours, runs, rounds=1 if N == 16384 else None, items=N, N=N, D=D)
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])

@@ -74,7 +74,7 @@ def _from_array(source: np.ndarray | Tensor) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """In RGB: the image itself where it is already, which Pillow's convert would copy (0.2 of 1.5 ms a photo of 500 x 375)."""
+    """In RGB: the image itself where it is already, which Pillow's convert would copy (4 % of a photo of 500 x 375)."""
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

@@ -1,7 +1,7 @@
 // Batch norm of a training step on the CPU, fp32, channels-last: [rows, C] with rows = B·h·w.
 //
 // torch's own vectorises over C and is slow at the 8 to 64 channels of a small ResNet's first stages. Here rows are taken P / C at a
-// time, P the smallest multiple of C that is at least 64, so that every loop runs over P neighbouring floats.
+// time, P the smallest multiple of C that is at least 256: every loop runs over P neighbouring floats, in the order of memory.
 #include "vec.h"
 
 #include <algorithm>
@@ -57,8 +57,8 @@ CLIPFAST_NORMALISE(normalise_relu, false, true)
 CLIPFAST_NORMALISE(normalise_residual, true, false)
 CLIPFAST_NORMALISE(normalise_residual_relu, true, true)
 
-// The gradient before the ReLU, g = dy where y > 0. Both passes make it from dy and y: kept between them it would be one tensor more
-// that the first pass writes, and the second would find less of the others in the cache.
+// The gradient before the ReLU, g = dy where y > 0. Both passes make it from dy and y: kept between them it would be one tensor
+// more that the first pass writes, and the second would find less of the others in the cache.
 template <bool kRelu>
 CLIPFAST_INLINE float masked(float dy, float y) {
   return !kRelu || y > 0.0f ? dy : 0.0f;
@@ -237,7 +237,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     c_[c] = static_cast<float>(-w * r * sum / n);
   }
   const auto as = s.repeated(a.data()), bs = s.repeated(b_.data()), cs = s.repeated(c_.data());
-  const auto run = residual ? (y ? input_gradient_residual_relu : input_gradient_residual) : (y ? input_gradient_relu : input_gradient);
+  const auto run = residual ? (y ? input_gradient_residual_relu : input_gradient_residual)
+                            : (y ? input_gradient_relu : input_gradient);
   each_block_back(s, [&](int64_t b) {
     const int64_t at = b * s.block;
     run(

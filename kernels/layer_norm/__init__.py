@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.kernels import dispatch
@@ -42,6 +43,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None 
         )
     if residual is not None:
         residual = residual.to(x.dtype)  # under autocast the stream is fp32 and what is added to it 16 bit
+    elif x.device.type == "cpu" and x.dtype == weight.dtype == bias.dtype == torch.float32 and dispatch.forced() is None:
+        # Torch's own is the same pass, and a call of ours costs 40 µs more forward and backward (measured): 0.8 x at B/32.
+        return F.layer_norm(x, (C,), weight, bias, eps)
     y, s, _, _ = torch.ops.clipfast.layer_norm(x, residual, weight, bias, eps)
     return y if residual is None else (y, s)
 

@@ -69,7 +69,10 @@ def test_compiles_to_one_graph(op: str) -> None:
     got = tensors(torch.compile(function, fullgraph=True, backend="aot_eager")(**given))
     upstream = [torch.randn_like(o) for o in expected]
     for a, b in zip(got, expected, strict=True):
-        assert torch.equal(a, b)
+        if op == "layer_norm":  # torch's own, which the compiler takes apart
+            torch.testing.assert_close(a, b)
+        else:
+            assert torch.equal(a, b)
     for a, b in zip(torch.autograd.grad(got, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True):
         torch.testing.assert_close(a, b)
 

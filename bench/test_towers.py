@@ -52,7 +52,7 @@ def pair(name: str) -> tuple[CLIP, nn.Module]:
 
 def compiled(call, wanted: bool):
     """The call under ``torch.compile``, warm, or the reason why that is not measured."""
-    if not wanted:
+    if not wanted and DEVICE == "cpu":  # where it takes a minute each
         return "compiled with --full only"
     torch._dynamo.reset()
     try:
@@ -64,7 +64,7 @@ def compiled(call, wanted: bool):
 
 
 @pytest.mark.parametrize("name", ["ViT-B/32"])
-def test_encode_text(compare, name: str) -> None:
+def test_encode_text(compare, full: bool, name: str) -> None:
     ours, theirs = pair(name)
     text, lengths = tokenize(CAPTIONS * 2, return_lengths=True)
     text = text.to(DEVICE)
@@ -74,7 +74,7 @@ def test_encode_text(compare, name: str) -> None:
         compare(
             lambda: ours.encode_text(text, lengths=lengths),
             {"open_clip": lambda: theirs.encode_text(text),
-             "open_clip compiled": compiled(lambda: theirs.encode_text(text), True)},
+             "open_clip compiled": compiled(lambda: theirs.encode_text(text), full)},
             items=len(text), mean_tokens=float(lengths.double().mean()),
         )  # fmt: skip
 
@@ -89,7 +89,7 @@ def test_encode_image(compare, full: bool, name: str) -> None:
         got, expected = ours.encode_image(image), theirs.encode_image(image)
         assert (got - expected).norm() <= 1e-5 * expected.norm()
         rivals = {"open_clip": lambda: theirs.encode_image(image), "our loaded": lambda: loaded.encode_image(image)}
-        rivals["open_clip compiled"] = compiled(rivals["open_clip"], full or name == "ViT-B/32")
+        rivals["open_clip compiled"] = compiled(rivals["open_clip"], full)
         compare(lambda: ours.encode_image(image), rivals, items=len(image))
 
 
@@ -125,7 +125,7 @@ def test_training_step(compare, full: bool, name: str) -> None:
         rivals["open_clip compiled"] = fast
     else:
         rivals["open_clip compiled"] = both_ways(theirs, fast)
-    compare(both_ways(ours, of_ours), rivals, rounds=3, items=B, mean_tokens=float(lengths.double().mean()))
+    compare(both_ways(ours, of_ours), rivals, rounds=1, items=B, mean_tokens=float(lengths.double().mean()))
 
 
 def test_demo_training_step(compare) -> None:

@@ -80,8 +80,8 @@ def paired(n: int, N: int, offset: int) -> tuple[slice, slice]:
 
 
 def inner(features: Tensor, gradient: Tensor) -> Tensor:
-    """Σ features·gradient over both dimensions, in the wider type; where both are large, in parts: the product is not kept."""
-    parts = 16 if features.numel() > 1 << 26 else 1
+    """Σ features·gradient over both dimensions, in the wider type; where they are large, in parts: the product is not kept."""
+    parts = 16 if features.numel() > (1 << 20 if features.device.type == "cpu" else 1 << 26) else 1
     return sum((x * y).sum() for x, y in zip(features.chunk(parts), gradient.chunk(parts), strict=True))  # type: ignore[return-value]
 
 

@@ -28,10 +28,12 @@ struct Vector;
 template <>
 struct Vector<16> {
   using Floats = float __attribute__((vector_size(64), aligned(4), may_alias));
+  using Flags = int32_t __attribute__((vector_size(64), aligned(4), may_alias));
 };
 template <>
 struct Vector<8> {
   using Floats = float __attribute__((vector_size(32), aligned(4), may_alias));
+  using Flags = int32_t __attribute__((vector_size(32), aligned(4), may_alias));
 };
 template <int w>
 CLIPFAST_INLINE typename Vector<w>::Floats& at(float* p) {

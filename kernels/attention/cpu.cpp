@@ -19,31 +19,6 @@ namespace {
 constexpr int64_t kLanes = 16;  // queries come in whole AVX-512 registers
 constexpr int64_t kBlock = 32;  // queries of a block
 
-// w floats anywhere in memory, one register: what is wider than a register the compiler puts on the stack (ten times slower).
-template <int w>
-struct Vector;
-template <>
-struct Vector<16> {
-  using Floats = float __attribute__((vector_size(64), aligned(4), may_alias));
-  using Flags = int32_t __attribute__((vector_size(64), aligned(4), may_alias));
-};
-template <>
-struct Vector<8> {
-  using Floats = float __attribute__((vector_size(32), aligned(4), may_alias));
-  using Flags = int32_t __attribute__((vector_size(32), aligned(4), may_alias));
-};
-template <int w>
-CLIPFAST_INLINE typename Vector<w>::Floats& at(float* p) {
-  return *reinterpret_cast<typename Vector<w>::Floats*>(p);
-}
-template <int w>
-CLIPFAST_INLINE const typename Vector<w>::Floats& at(const float* p) {
-  return *reinterpret_cast<const typename Vector<w>::Floats*>(p);
-}
-
-// Every clone holds the code for both widths; the machine has registers of one. (VL, as a processor without it takes the AVX2 clone.)
-const bool kWide = __builtin_cpu_supports("avx512vl");
-
 struct Matrix {  // a broadcast operand: element (r, c) at p[r·row + c·column]
   const float* p;
   int64_t row, column;
@@ -96,28 +71,6 @@ CLIPFAST_CLONES void product(
     if (c < width) columns<16, 1, 8>(A, B + c, ldb, C + c, ldc, count, depth, add);
   } else {  // 6 × 2 sums and three operands in 16 registers
     for (; c < width; c += 16) columns<8, 2, 6>(A, B + c, ldb, C + c, ldc, count, depth, add);
-  }
-}
-
-// An 8 × 8 block turned over in registers: scalars or gathers took a third of the whole forward at 17 tokens.
-CLIPFAST_INLINE void turn(Vector<8>::Floats (&r)[8]) {
-  Vector<8>::Floats t[8], u[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    t[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i += 4)
-#pragma GCC unroll 8
-    for (int j = 0; j < 2; ++j) {
-      u[i + 2 * j] = __builtin_shufflevector(t[i + j], t[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      u[i + 2 * j + 1] = __builtin_shufflevector(t[i + j], t[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-#pragma GCC unroll 8
-  for (int i = 0; i < 4; ++i) {
-    r[i] = __builtin_shufflevector(u[i], u[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    r[i + 4] = __builtin_shufflevector(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
   }
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipfast import kernels
@@ -97,6 +98,50 @@ def test_upstream_gradients_may_have_any_strides(op: str) -> None:
     once = torch.autograd.grad(outputs, leaves, flat, retain_graph=True)
     for a, b in zip(once, torch.autograd.grad(outputs, leaves, strange), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_plain_call_equals_the_operator(op: str) -> None:
+    """Outside tracing an op calls its backend itself; a dispatch mode that only looks on sends it through the operator."""
+    given = arguments(op, next(iter(kernels.OPS[op].spec.CASES)), torch.float32, "cpu")
+    leaves = [v for v in given.values() if isinstance(v, Tensor) and v.requires_grad]
+
+    def run(watched: bool) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        with Calls(op) if watched else contextlib.nullcontext() as seen:
+            outputs = tensors(public(op)(**given))
+            gradients = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
+        assert not watched or len(seen.calls) == 1
+        return outputs, gradients
+
+    for a, b in zip(*(sum(map(list, run(watched)), []) for watched in (False, True)), strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype and a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_without_storage_the_operator_runs(op: str) -> None:
+    """On the meta device and with fake tensors, whose shapes alone are asked for."""
+    given = arguments(op, next(iter(kernels.OPS[op].spec.CASES)), torch.float32, "cpu")
+    real = tensors(public(op)(**given))
+    meta = tensors(public(op)(**{k: v.to("meta") if isinstance(v, Tensor) else v for k, v in given.items()}))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = tensors(public(op)(**{k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in given.items()}))
+    for a, b, c in zip(real, meta, fake, strict=True):
+        assert a.shape == b.shape == c.shape and a.dtype == b.dtype == c.dtype and b.is_meta and isinstance(c, FakeTensor)
+
+
+def test_second_derivatives_are_refused() -> None:
+    given = arguments("mlp", "quick C64", torch.float64, "cpu")
+    (gradient,) = torch.autograd.grad(kernels.mlp(**given).sum(), given["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+def test_layer_norm_of_which_only_the_sum_is_used() -> None:
+    x, residual, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((4, 64), (4, 64), (64,), (64,)))
+    _, s = kernels.layer_norm(x, weight, bias, residual)
+    s.backward(torch.full_like(s, 3))
+    assert bool((x.grad == 3).all()) and bool((residual.grad == 3).all())
+    assert all(p.grad is None or not p.grad.any() for p in (weight, bias))
 
 
 def test_every_op_has_its_backends() -> None:

@@ -46,12 +46,12 @@ def attention(
         raise ValueError(f"attention: expected qkv to have a multiple of 3 × {heads} heads columns, got {tuple(qkv.shape)}")
     if cu_seqlens is not None:
         max_length = _checked_length(qkv, cu_seqlens, max_length)
-        return torch.ops.clipfast.attention(qkv, cu_seqlens, heads, causal, max_length)[0]
+        return OP(qkv, cu_seqlens, heads, causal, max_length)[0]
     if max_length is not None and max_length < qkv.shape[-2]:
         raise ValueError(f"attention: expected a max_length of at least the {qkv.shape[-2]} tokens, got {max_length}")
     if qkv.dim() == 2:
-        return torch.ops.clipfast.attention(qkv[None], None, heads, causal, 0)[0][0]
-    return torch.ops.clipfast.attention(qkv, None, heads, causal, 0)[0]
+        return OP(qkv[None], None, heads, causal, 0)[0][0]
+    return OP(qkv, None, heads, causal, 0)[0]
 
 
 def _checked_length(qkv: Tensor, cu_seqlens: Tensor, max_length: int | None) -> int:
@@ -98,6 +98,21 @@ def _supports_cpu(*args: object) -> str | None:
     return f"expected heads of a multiple of 16 columns, got {K}" if K % 16 else None
 
 
+def _supports_cuda(*args: object) -> str | None:
+    qkv, cu_seqlens, heads, _, max_length = args[-5:]
+    assert isinstance(qkv, Tensor) and isinstance(heads, int)
+    if qkv.device.type != "cuda":
+        return f"expected CUDA tensors, got {qkv.device}"
+    if qkv.dtype not in (torch.float16, torch.bfloat16):
+        return f"expected float16 or bfloat16, got {qkv.dtype}"
+    if torch.cuda.get_device_capability(qkv.device) < (8, 0):
+        return "expected compute capability 8.0 or later"
+    if (K := qkv.shape[-1] // (3 * heads)) != 64:
+        return f"expected heads of 64 columns, got {K}"
+    longest = qkv.shape[-2] if cu_seqlens is None else max_length
+    return None if longest <= 128 else f"expected sequences of at most 128 tokens, got {longest}"
+
+
 def _fake(qkv, cu_seqlens, heads, causal, max_length):
     C = qkv.shape[-1] // 3
     lse_dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
@@ -116,9 +131,10 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, dout, _):
-    dqkv = torch.ops.clipfast.attention_backward(dout, *ctx.saved_tensors, ctx.heads, ctx.causal, ctx.max_length)
+    dqkv = OP.backward(dout, *ctx.saved_tensors, ctx.heads, ctx.causal, ctx.max_length)
     return dqkv, None, None, None, None
 
 
-OP = dispatch.Op(__name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), compiled={"cpu": _supports_cpu})
-torch.library.register_autograd("clipfast::attention", _backward, setup_context=_setup, lib=dispatch.LIBRARY)
+OP = dispatch.Op(
+    __name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), compiled={"cpu": _supports_cpu}, autograd=(_setup, _backward)
+)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clipfast.kernels import dispatch
+from clipfast.kernels.available import triton_lacks
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -218,7 +218,7 @@ def compiled(capability: int) -> list[tuple[str, Any, dict[str, str], dict[str, 
 
 def supports(*args: Any) -> str | None:
     qkv, _, heads, _, _ = args[-5:]
-    if reason := dispatch.triton_lacks(qkv, products=True):
+    if reason := triton_lacks(qkv, products=True):
         return reason
     K = qkv.shape[-1] // (3 * heads)
     return f"expected heads of 16 to 128 columns, got {K}" if not 16 <= K <= 128 else None

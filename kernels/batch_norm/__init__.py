@@ -53,7 +53,7 @@ def batch_norm(
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         got = f"{tuple(residual.shape)} {residual.dtype}"
         raise ValueError(f"batch_norm: expected a residual like x, {tuple(x.shape)} {x.dtype}, got {got}")
-    y, mean, rstd = torch.ops.clipfast.batch_norm(x, residual, weight, bias, eps, relu)
+    y, mean, rstd = OP(x, residual, weight, bias, eps, relu)
     if running_mean is not None and running_var is not None:
         n = x.numel() // x.shape[1]
         unbiased = (rstd**-2 - eps).clamp_(min=0) * (n / max(n - 1, 1))
@@ -65,7 +65,7 @@ def batch_norm(
 
 def _supports_cpu(*args: object) -> str | None:
     tensors = [a for a in args if isinstance(a, Tensor)]
-    if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors):
+    if any(not t.is_cpu or t.dtype != torch.float32 for t in tensors):
         return "expected float32 tensors on the CPU"
     if not all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors if t.ndim == 4):
         return "expected channels-last tensors"
@@ -94,9 +94,10 @@ def _backward(ctx, dy, *_):
     x, y, weight, mean, rstd = ctx.saved_tensors
     if x.is_contiguous(memory_format=torch.channels_last):
         dy = dy.contiguous(memory_format=torch.channels_last)
-    dx, dresidual, dweight, dbias = torch.ops.clipfast.batch_norm_backward(dy, x, y, weight, mean, rstd, ctx.eps, ctx.residual)
+    dx, dresidual, dweight, dbias = OP.backward(dy, x, y, weight, mean, rstd, ctx.eps, ctx.residual)
     return dx, dresidual if ctx.residual else None, dweight, dbias.to(ctx.bias_dtype), None, None
 
 
-OP = dispatch.Op(__name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), compiled={"cpu": _supports_cpu})
-torch.library.register_autograd("clipfast::batch_norm", _backward, setup_context=_setup, lib=dispatch.LIBRARY)
+OP = dispatch.Op(
+    __name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), compiled={"cpu": _supports_cpu}, autograd=(_setup, _backward)
+)

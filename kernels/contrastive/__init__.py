@@ -99,7 +99,7 @@ def wide(x: Tensor) -> torch.dtype:
 class _Contrastive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, scale, offset):
-        row_max, row_sum, col_max, col_sum, diagonal = torch.ops.clipfast.contrastive(image, text, scale, offset)
+        row_max, row_sum, col_max, col_sum, diagonal = OP(image, text, scale, offset)
         row_log, col_log = row_sum.log(), col_sum.log()
         rows, columns = paired(len(image), len(text), offset)
         # Near 100 an fp32 log-sum-exp is rounded to 4e-6: the maximum less the diagonal first keeps a small loss exact.
@@ -118,7 +118,7 @@ class _Contrastive(torch.autograd.Function):
         rows, columns = paired(len(image), len(text), ctx.offset)
         diagonal_grad = row_grad * torch.expm1(-row_nll)  # p - 1 would cancel where p is near 1
         diagonal_grad[rows] += col_grad[columns] * torch.expm1(-col_nll[columns])
-        image_grad, text_grad = torch.ops.clipfast.contrastive_backward(
+        image_grad, text_grad = OP.backward(
             image, text, scale, ctx.offset, row_lse, col_lse, row_grad, col_grad, diagonal_grad, want_image, needs_text
         )
         # dscale = Σ G_ij·⟨image_i, text_j⟩, which is ⟨image, G·text⟩ as well as ⟨text, Gᵀ·image⟩.

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clipfast.kernels import dispatch
+from clipfast.kernels.available import triton_lacks
 from clipfast.kernels.tiles import (
     BAND,
     SIZES,
@@ -273,7 +273,7 @@ def compiled(capability: int) -> list[tuple[str, Any, dict[str, str], dict[str, 
 
 
 def supports(image: Tensor, text: Tensor, *rest: Any) -> str | None:
-    if reason := dispatch.triton_lacks(image, products=True):
+    if reason := triton_lacks(image, products=True):
         return reason
     return None if image.numel() and text.numel() else "expected at least one row and one column"
 

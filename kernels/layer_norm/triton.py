@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clipfast.kernels import dispatch
+from clipfast.kernels.available import triton_lacks
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def compiled(capability: int) -> list[tuple[str, Any, dict[str, str], dict[str, 
 def supports(x: Tensor, *rest: Any) -> str | None:
     if x.shape[-1] > 8192:
         return f"expected at most 8192 channels, a row in one program, got {x.shape[-1]}"
-    return dispatch.triton_lacks(x)
+    return triton_lacks(x)
 
 
 def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float):

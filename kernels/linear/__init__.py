@@ -26,12 +26,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., C_out] in the dtype of ``x``.
     """
-    return F.linear(x, weight, bias) if _vendors(x, weight) else torch.ops.clipfast.linear(x, weight, bias)
+    return F.linear(x, weight, bias) if _vendors(x, weight) else OP(x, weight, bias)
 
 
 def _vendors(x: Tensor, weight: Tensor) -> bool:
     """Whether F.linear itself is the choice: decided before an operator is called, which would cost more than it chooses."""
-    if torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or torch.is_autocast_enabled(x.device.type):
         return True
     if forced := dispatch.forced():
         return forced not in ("onednn", "torch")  # no other backend has a product of its own
@@ -64,7 +64,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dy):
     need = ctx.needs_input_grad
-    grads = torch.ops.clipfast.linear_backward(dy, *ctx.saved_tensors, need[2])
+    grads = OP.backward(dy, *ctx.saved_tensors, need[2])
     return tuple(grad if wanted else None for grad, wanted in zip(grads, need, strict=True))
 
 
@@ -72,6 +72,5 @@ OP = dispatch.Op(
     __name__,
     forward=("(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _fake),
     backward=(_BACKWARD, _fake_backward),
-    compiled={},
+    autograd=(_setup, _backward),
 )
-torch.library.register_autograd("clipfast::linear", _backward, setup_context=_setup, lib=dispatch.LIBRARY)

@@ -30,7 +30,7 @@ def activation(h: Tensor, bias: Tensor, quick_gelu: bool = True) -> Tensor:
     """QuickGELU (or exact GELU) of h + bias: h [..., F], bias [F] of any floating dtype -> [..., F] in the dtype of h."""
     if bias.shape != h.shape[-1:]:
         raise ValueError(f"activation: expected a bias of shape {tuple(h.shape[-1:])}, got {tuple(bias.shape)}")
-    return torch.ops.clipfast.mlp(h, bias, quick_gelu)
+    return OP(h, bias, quick_gelu)
 
 
 def _supports_cpu(*args: object) -> str | None:
@@ -57,7 +57,7 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, dy):
-    return (*torch.ops.clipfast.mlp_backward(dy, *ctx.saved_tensors, ctx.quick_gelu), None)
+    return (*OP.backward(dy, *ctx.saved_tensors, ctx.quick_gelu), None)
 
 
 OP = dispatch.Op(
@@ -65,5 +65,5 @@ OP = dispatch.Op(
     forward=("(Tensor h, Tensor bias, bool quick_gelu) -> Tensor", _fake),
     backward=("(Tensor dy, Tensor h, Tensor bias, bool quick_gelu) -> (Tensor dh, Tensor dbias)", _fake_backward),
     compiled={"cpu": _supports_cpu},
+    autograd=(_setup, _backward),
 )
-torch.library.register_autograd("clipfast::mlp", _backward, setup_context=_setup, lib=dispatch.LIBRARY)

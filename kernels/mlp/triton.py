@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clipfast.kernels import dispatch
+from clipfast.kernels.available import triton_lacks
 
 BLOCK = 1024  # elements of a pass: 8 a thread of 128, one 16-byte load in 16 bit
 COLUMNS = 128
@@ -75,7 +75,7 @@ def compiled(capability: int) -> list[tuple[str, Any, dict[str, str], dict[str, 
 
 
 def supports(*args: Any) -> str | None:
-    return dispatch.triton_lacks(args[-3])
+    return triton_lacks(args[-3])
 
 
 def forward(h: Tensor, bias: Tensor, quick_gelu: bool) -> Tensor:

@@ -55,7 +55,7 @@ def pairwise_sigmoid(
 class _PairwiseSigmoid(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, scale, bias, offset, want_image, want_text):
-        loss, bias_grad, *grads = torch.ops.clipfast.pairwise_sigmoid(image, text, scale, bias, offset, want_image, want_text)
+        loss, bias_grad, *grads = OP(image, text, scale, bias, offset, want_image, want_text)
         ctx.save_for_backward(image, text, scale, bias, bias_grad, *grads)
         ctx.want_image = want_image
         return loss.sum()
@@ -83,4 +83,4 @@ def _fake(image, text, scale, bias, offset, want_image, want_text):
     return loss, torch.empty_like(loss), *fake_gradients(image, text, want_image, want_text)
 
 
-OP = dispatch.Op(__name__, (_FORWARD, _fake), None, compiled={"cpu": supports_cpu, "cuda": supports_cuda})
+OP = dispatch.Op(__name__, (_FORWARD, _fake), compiled={"cpu": supports_cpu, "cuda": supports_cuda})

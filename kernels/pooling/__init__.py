@@ -56,7 +56,7 @@ def pooling(
     q = linear(query, q_weight, q_bias) * K**-0.5
     # u leaves this product head by head, [H, B, C] in memory; the op reads it by its strides.
     u = torch.bmm(q.unflatten(1, (heads, K)).transpose(0, 1), k_weight.unflatten(0, (heads, K))).transpose(0, 1)
-    y, _ = torch.ops.clipfast.pooling(x, u.to(x.dtype), cu_seqlens, longest)
+    y, _ = OP(x, u.to(x.dtype), cu_seqlens, longest)
     values = v_weight.unflatten(0, (heads, K)).transpose(1, 2)
     return torch.baddbmm(v_bias.view(heads, 1, K), y.transpose(0, 1), values).transpose(0, 1).flatten(1)
 
@@ -124,7 +124,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dy, _):
     x, u, y, lse, cu_seqlens = ctx.saved_tensors
-    return *torch.ops.clipfast.pooling_backward(dy, x, u, y, lse, cu_seqlens, ctx.max_length), None, None
+    return *OP.backward(dy, x, u, y, lse, cu_seqlens, ctx.max_length), None, None
 
 
 OP = dispatch.Op(
@@ -136,5 +136,5 @@ OP = dispatch.Op(
         _fake_backward,
     ),
     compiled={"cpu": _supports_cpu},
+    autograd=(_setup, _backward),
 )
-torch.library.register_autograd("clipfast::pooling", _backward, setup_context=_setup, lib=dispatch.LIBRARY)

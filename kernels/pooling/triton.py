@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clipfast.kernels import dispatch
+from clipfast.kernels.available import triton_lacks
 
 CHUNK = 64  # columns of x at a time
 
@@ -164,7 +164,7 @@ def compiled(capability: int) -> list[tuple[str, Any, dict[str, str], dict[str, 
 
 
 def supports(*args: Any) -> str | None:
-    return dispatch.triton_lacks(args[0], products=True)
+    return triton_lacks(args[0], products=True)
 
 
 def _launch(x: Tensor, u: Tensor, cu_seqlens: Tensor | None, max_length: int) -> tuple[int, int, int, dict[str, Any]]:

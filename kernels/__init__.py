@@ -30,10 +30,11 @@ from clipfast.kernels import dispatch
 from clipfast.kernels.attention import attention
 from clipfast.kernels.batch_norm import batch_norm
 from clipfast.kernels.contrastive import contrastive
-from clipfast.kernels.dispatch import OPS, use
+from clipfast.kernels.dispatch import use
 from clipfast.kernels.layer_norm import layer_norm
 from clipfast.kernels.linear import linear
 from clipfast.kernels.mlp import mlp
+from clipfast.kernels.op import OPS
 from clipfast.kernels.pairwise_sigmoid import pairwise_sigmoid
 from clipfast.kernels.pooling import pooling
 

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from clipfast.kernels import passed
 from clipfast.kernels.available import library
@@ -25,9 +24,6 @@ from clipfast.kernels.available import library
 AUTOMATIC = {"cpu": ("cpu", "onednn", "torch"), "cuda": ("cuda", "triton", "torch")}
 BACKENDS = ("cuda", "triton", "cpu", "torch", "onednn", "flash_attn", "xformers")
 
-OPS: dict[str, Op] = {}
-_PLAIN = {torch.Tensor, torch.nn.Parameter, int, float, bool, type(None)}
-LIBRARY = torch.library.Library("clipfast", "DEF")
 _forced: list[str | None] = [os.environ.get("CLIPFAST_BACKEND") or None]
 
 
@@ -50,87 +46,16 @@ class NoBackend(RuntimeError):
     """No backend runs these arguments; the message has the reason of each."""
 
 
-def _plain(args: tuple) -> bool:
-    """Whether nobody traces, watches or transforms these tensors, so that torch's dispatcher has nothing to add to a call.
+class Backends:
+    """The backends of one op, whose home is a package. ``parts``: the names of its operators forward and backward; those of a
+    C++ backend end in ``_<kind>`` as well, and ``compiled`` gives its ``supports``."""
 
-    A call through it costs 10 µs more, 40 with the backward pass, for an operator in Python (measured): 5 % of a step of the
-    demo's model.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and all(type(a) in _PLAIN for a in args)
-        and not args[0].is_meta
-    )
-
-
-def _function(run: Callable, setup: Callable, gradients: Callable) -> type[torch.autograd.Function]:
-    class Differentiable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            ctx.set_materialize_grads(False)
-            output = run(*args)
-            setup(ctx, args, output)
-            return output
-
-        backward = staticmethod(once_differentiable(gradients))
-
-    return Differentiable
-
-
-class Op:
-    """One op: its schemas ``clipfast::<name>`` and, with a backward pass, ``clipfast::<name>_backward``, and its backends.
-
-    ``forward``, ``backward``: schema and fake; the first argument is a tensor. ``compiled`` gives the ``supports`` of each C++
-    backend, whose pair of ops takes the same arguments under ``<name>_<kind>``. ``autograd``: ``setup(ctx, inputs, output)``
-    and ``gradients(ctx, *grads)``, which calls ``backward``; a gradient that is not there may come as None.
-    """
-
-    def __init__(
-        self,
-        home: str,
-        forward: tuple[str, Callable],
-        backward: tuple[str, Callable] | None = None,
-        compiled: dict[str, Callable] | None = None,
-        autograd: tuple[Callable, Callable] | None = None,
-    ) -> None:
-        self.home, self.name, self.compiled = home, home.rpartition(".")[2], compiled or {}
-        self.parts = {"forward": self.name} | ({"backward": f"{self.name}_backward"} if backward else {})
-        for (part, name), (schema, fake) in zip(self.parts.items(), filter(None, (forward, backward)), strict=True):
-            LIBRARY.define(name + schema)
-            LIBRARY.impl(name, functools.partial(self._run, part), "CompositeExplicitAutograd")
-            torch.library.register_fake(f"clipfast::{name}", fake, lib=LIBRARY)
-            for kind in self.compiled:
-                LIBRARY.define(f"{name}_{kind}{schema}")
-        if autograd:
-            setup, gradients = autograd
-            torch.library.register_autograd(f"clipfast::{self.name}", gradients, setup_context=setup, lib=LIBRARY)
-            self._function = _function(functools.partial(self._run, "forward"), setup, gradients)
-        OPS[self.name] = self
-
-    def __call__(self, *args: Any) -> Any:
-        """Run the op, differentiably where it has ``autograd``."""
-        if not _plain(args):
-            return getattr(torch.ops.clipfast, self.name)(*args)
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-            return self._function.apply(*args)
-        return self._run("forward", *args)
-
-    def backward(self, *args: Any) -> Any:
-        """Run the op's backward pass."""
-        return self._run("backward", *args) if _plain(args) else getattr(torch.ops.clipfast, self.parts["backward"])(*args)
+    def __init__(self, home: str, parts: dict[str, str], compiled: dict[str, Callable]) -> None:
+        self.home, self.name, self.parts, self.compiled = home, home.rpartition(".")[2], parts, compiled
 
     @property
     def spec(self) -> Any:
         return self.backend("torch")
-
-    def _run(self, part: str, *args: Any) -> Any:
-        run, device = getattr(self.choose(*args)[1], part), args[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return run(*args)
-        with torch.autocast(device, enabled=False):  # an op computes in the types it is given: its matrix products too
-            return run(*args)
 
     @functools.cache  # noqa: B019 - ops live as long as the process
     def backend(self, name: str) -> Any:

@@ -57,7 +57,7 @@ def _closure(source: Path, found: set[Path]) -> set[Path]:
     for module, names in _IMPORT.findall(text):
         folder = ROOT.joinpath(*module.split("."))
         for path in (folder.with_suffix(".py"), *(folder / f"{name}.py" for name in re.findall(r"\w+", names))):
-            if path.stem not in ("available", "dispatch", "passed"):  # who chooses a kernel is no part of it
+            if path.stem not in ("available", "dispatch", "op", "passed"):  # who chooses a kernel is no part of it
                 _closure(path, found)
     return found
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from clipfast.kernels import dispatch
+from clipfast.kernels.op import Op
 
 _FORWARD = "(Tensor qkv, Tensor? cu_seqlens, int heads, bool causal, SymInt max_length) -> (Tensor out, Tensor lse)"
 _BACKWARD = (
@@ -135,6 +135,4 @@ def _backward(ctx, dout, _):
     return dqkv, None, None, None, None
 
 
-OP = dispatch.Op(
-    __name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), compiled={"cpu": _supports_cpu}, autograd=(_setup, _backward)
-)
+OP = Op(__name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), compiled={"cpu": _supports_cpu}, autograd=(_setup, _backward))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipfast.kernels import dispatch
+from clipfast.kernels.op import Op
 
 _FORWARD = (
     "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, bool relu) -> (Tensor y, Tensor mean, Tensor rstd)"
@@ -98,6 +98,4 @@ def _backward(ctx, dy, *_):
     return dx, dresidual if ctx.residual else None, dweight, dbias.to(ctx.bias_dtype), None, None
 
 
-OP = dispatch.Op(
-    __name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), compiled={"cpu": _supports_cpu}, autograd=(_setup, _backward)
-)
+OP = Op(__name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), compiled={"cpu": _supports_cpu}, autograd=(_setup, _backward))

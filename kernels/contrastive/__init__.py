@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clipfast.kernels import dispatch
+from clipfast.kernels.op import Op
 
 _FORWARD = (
     "(Tensor image, Tensor text, Tensor scale, int offset) -> "
@@ -175,6 +175,4 @@ def fake_gradients(image: Tensor, text: Tensor, want_image: bool, want_text: boo
     )
 
 
-OP = dispatch.Op(
-    __name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), compiled={"cpu": supports_cpu, "cuda": supports_cuda}
-)
+OP = Op(__name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), compiled={"cpu": supports_cpu, "cuda": supports_cuda})

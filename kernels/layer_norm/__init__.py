@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.kernels import dispatch
+from clipfast.kernels.op import Op
 
 _FORWARD = (
     "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)"
@@ -44,7 +45,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None 
     if residual is not None:
         residual = residual.to(x.dtype)  # under autocast the stream is fp32 and what is added to it 16 bit
     elif x.device.type == "cpu" and x.dtype == weight.dtype == bias.dtype == torch.float32 and dispatch.forced() is None:
-        # Torch's own is the same pass, and a call of ours costs 40 µs more forward and backward (measured): 0.8 x at B/32.
+        # Torch's own is the same pass, and a call of ours costs 25 µs more forward and backward (measured).
         return F.layer_norm(x, (C,), weight, bias, eps)
     y, s, _, _ = OP(x, residual, weight, bias, eps)
     return y if residual is None else (y, s)
@@ -96,4 +97,4 @@ def _backward(ctx, dy, ds, *_):
 
 
 _COMPILED = {"cpu": _supports_cpu, "cuda": _supports_cuda}
-OP = dispatch.Op(__name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), _COMPILED, autograd=(_setup, _backward))
+OP = Op(__name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), _COMPILED, autograd=(_setup, _backward))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clipfast.kernels import dispatch
 from clipfast.kernels.linear import onednn
+from clipfast.kernels.op import Op
 
 _BACKWARD = "(Tensor dy, Tensor? x, Tensor? weight, bool bias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
 
@@ -68,7 +69,7 @@ def _backward(ctx, dy):
     return tuple(grad if wanted else None for grad, wanted in zip(grads, need, strict=True))
 
 
-OP = dispatch.Op(
+OP = Op(
     __name__,
     forward=("(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _fake),
     backward=(_BACKWARD, _fake_backward),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipfast.kernels import dispatch
 from clipfast.kernels.linear import linear
+from clipfast.kernels.op import Op
 
 
 def mlp(
@@ -60,7 +60,7 @@ def _backward(ctx, dy):
     return (*OP.backward(dy, *ctx.saved_tensors, ctx.quick_gelu), None)
 
 
-OP = dispatch.Op(
+OP = Op(
     __name__,
     forward=("(Tensor h, Tensor bias, bool quick_gelu) -> Tensor", _fake),
     backward=("(Tensor dy, Tensor h, Tensor bias, bool quick_gelu) -> (Tensor dh, Tensor dbias)", _fake_backward),

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clipfast.kernels import dispatch
 from clipfast.kernels.contrastive import (
     check_features,
     check_scalar,
@@ -17,6 +16,7 @@ from clipfast.kernels.contrastive import (
     supports_cuda,
     wide,
 )
+from clipfast.kernels.op import Op
 
 _FORWARD = (
     "(Tensor image, Tensor text, Tensor scale, Tensor bias, int offset, bool want_image, bool want_text) -> "
@@ -83,4 +83,4 @@ def _fake(image, text, scale, bias, offset, want_image, want_text):
     return loss, torch.empty_like(loss), *fake_gradients(image, text, want_image, want_text)
 
 
-OP = dispatch.Op(__name__, (_FORWARD, _fake), compiled={"cpu": supports_cpu, "cuda": supports_cuda})
+OP = Op(__name__, (_FORWARD, _fake), compiled={"cpu": supports_cpu, "cuda": supports_cuda})

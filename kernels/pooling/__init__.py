@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipfast.kernels import dispatch
 from clipfast.kernels.linear import linear
+from clipfast.kernels.op import Op
 
 
 def pooling(
@@ -127,7 +127,7 @@ def _backward(ctx, dy, _):
     return *OP.backward(dy, x, u, y, lse, cu_seqlens, ctx.max_length), None, None
 
 
-OP = dispatch.Op(
+OP = Op(
     __name__,
     forward=("(Tensor x, Tensor u, Tensor? cu_seqlens, SymInt max_length) -> (Tensor y, Tensor lse)", _fake),
     backward=(

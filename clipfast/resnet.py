@@ -115,6 +115,7 @@ class ModifiedResNet(nn.Module):
                 inplanes = 4 * planes
             setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
         self.attnpool = AttentionPool(input_resolution // 32, inplanes, heads, output_dim)
+        self.to(memory_format=torch.channels_last)  # as the images: weights and their gradients are not rearranged at each call
 
     def fold_batch_norms(self) -> None:
         """Put every batch norm, as it is in eval mode, into the convolution before it: for inference, in place."""

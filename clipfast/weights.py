@@ -199,8 +199,8 @@ def _assemble(where: str, sizes: Sizes, state: State, dtype: torch.dtype | None 
         listed = "; ".join(f"{len(names)} {fault}: {', '.join(names)}" for fault, names in faults.items() if names)
         raise ValueError(f"{where}: the weights do not fit the model of sizes {sizes}: {listed}")
     for name, tensor in state.items():
-        copied = tensor.detach().clone(memory_format=torch.contiguous_format)
-        state[name] = copied if dtype is None or name in counters else copied.to(dtype)
+        own = tensor.dtype if dtype is None or name in counters else dtype
+        state[name] = torch.empty_like(expected[name], dtype=own, device=tensor.device).copy_(tensor.detach())
     model.load_state_dict(state, assign=True)
     return model
 

@@ -9,6 +9,8 @@ import torch
 
 from clipfast.kernels import OPS, dispatch, passed
 
+from .image import jpeg_decoder
+
 
 def info() -> str:
     """A text to read or to put into a bug report: versions, device, then op × backend with the reason where one is missing.
@@ -45,5 +47,6 @@ def _versions(device: str) -> list[tuple[str, str]]:
         except importlib.metadata.PackageNotFoundError:
             rows.append((package, "absent"))
     rows += [(f"_C_{kind}", dispatch.library(kind) or "loaded") for kind in ("cpu", "cuda")]
+    rows.append(("jpeg", jpeg_decoder()))
     rows.append(("device", f"{passed.device_name(device)}, {passed.driver() or f'{torch.get_num_threads()} threads'}"))
     return rows

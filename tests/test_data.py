@@ -1,14 +1,19 @@
 """Data: the right pairs, in an order that a seed fixes and a resumed run finds again; bad input counted, named and limited."""
 
+import gzip
+import http.server
 import io
 import json
 import logging
 import os
 import random
 import re
+import shutil
 import sys
 import tarfile
+import threading
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -31,7 +36,7 @@ from clipfast.data import (
     replacing,
     training_batches,
 )
-from clipfast.image import Preprocess, read_image
+from clipfast.image import Preprocess, read_image, read_rgb
 from clipfast.tokenizer import tokenize
 
 R = 32
@@ -186,17 +191,26 @@ def test_loading_leaves_the_global_random_state_alone(where):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_random_square_is_a_window_of_the_resized_image():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 96, 3), np.uint8))
-    resized = np.asarray(image.resize((64, 32), Image.Resampling.BICUBIC)).astype(int)
-    rng, seen = random.Random(0), set()
-    for _ in range(400):
-        crop = random_square(image, 32, rng).permute(1, 2, 0).numpy().astype(int)
-        (left,) = [x for x in range(33) if abs(crop - resized[:, x : x + 32]).max() <= 1]
-        seen.add(left)
-    assert seen == set(range(33))
-    square = Image.fromarray(resized[:, :32].astype(np.uint8))
-    assert np.array_equal(random_square(square, R, rng).permute(1, 2, 0), np.asarray(square))
+@pytest.mark.parametrize("tall", [False, True])
+def test_random_square_is_any_square_of_the_shorter_side_resized(tall):
+    pixels = np.random.default_rng(0).integers(0, 255, (96, 48, 3) if tall else (48, 96, 3), np.uint8)
+    image, rng, seen = Image.fromarray(pixels), random.Random(0), set()
+    boxes = [(0, n, 48, n + 48) if tall else (n, 0, n + 48, 48) for n in range(49)]
+    squares = [np.asarray(image.crop(box).resize((32, 32), Image.Resampling.BICUBIC), int) for box in boxes]
+    for _ in range(500):
+        crop = random_square(pixels, 32, rng)
+        assert crop.shape == (32, 32, 3) and crop.dtype == np.uint8
+        (place,) = [n for n, square in enumerate(squares) if abs(crop - square).max() <= 1]
+        seen.add(place)
+    assert seen == set(range(49))
+
+
+def test_squares_of_odd_images():
+    pixels, rng = np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8), random.Random(0)
+    assert np.array_equal(random_square(pixels, 48, rng), pixels)
+    assert random_square(np.zeros((1, 60_000, 3), np.uint8), R, rng).shape == (R, R, 3)
+    with pytest.raises(ValueError, match="expected an image with pixels, got 48 x 0"):
+        random_square(pixels[:0], R, rng)
 
 
 def test_crops_are_each_sample_s_own(tmp_path):
@@ -259,6 +273,21 @@ def test_shards_come_through_pipes_and_fsspec(tmp_path):
         assert last.error.startswith(f"shard {url}: expected a readable tar") and reason in last.error
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads http through curl")
+def test_shards_come_over_http(tmp_path):
+    local = Shards(write_shards(tmp_path, shards=2))
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            root = f"http://127.0.0.1:{server.server_port}"
+            assert list(Shards(f"{root}/{{000..001}}.tar").samples()) == list(local.samples())
+            (missing,) = Shards(f"{root}/none.tar").samples()
+        finally:
+            server.shutdown()
+    assert missing.error.startswith(f"shard {root}/none.tar: expected a readable tar") and "exit 22" in missing.error
+
+
 def truncated(path: Path, keep: float = 0.5) -> None:
     os.truncate(path, int(path.stat().st_size * keep))
 
@@ -276,6 +305,40 @@ def test_a_truncated_shard_gives_what_it_has_and_is_counted(tmp_path, caplog):
     with pytest.raises(ValueError, match="expected at most 10% unreadable shards, got 2 of 4, last shard .*00[12].tar"):
         take(where, 40)
     assert len(take(where, 40, max_bad=0.5)) == 40
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_shard_with_a_damaged_header_is_counted(tmp_path, packed):
+    """Python's tarfile takes such a header for the end of the tar, and the rest would go missing without a word."""
+    path = Path(write_shards(tmp_path, shards=1)).parent / "000.tar"
+    whole = list(Shards(str(path)).samples())
+    content = bytearray(path.read_bytes())
+    header = content.index(b"0003.png")
+    content[header : header + 4] = b"????"
+    path.write_bytes(gzip.compress(content) if packed else content)
+    *kept, last = Shards(str(path)).samples()
+    assert kept == whole[:2]  # of the third nobody knows whether it was whole
+    assert f"the header at byte {header} is damaged" in last.error and last.meta == {"shard": str(path)}
+
+
+def test_a_store_that_fails_costs_its_shard_alone(tmp_path, monkeypatch):
+    """Clients of remote stores raise errors of their own making. A missing package is another thing: it ends the run."""
+
+    class Failing:
+        error: type[Exception]
+
+        def open(self):
+            raise self.error("no such bucket")
+
+    monkeypatch.setattr("fsspec.open", lambda *_: Failing())
+    where = write_shards(tmp_path, shards=4)
+    urls = [*Shards(where).urls, "s3://bucket/004.tar"]
+    Failing.error = type("ClientError", (Exception,), {})
+    *kept, last = Shards(urls).samples()
+    assert len(kept) == 24 and "s3://bucket/004.tar: expected a readable tar, got ClientError: no such bucket" in last.error
+    Failing.error = ImportError
+    with pytest.raises(ImportError, match="no such bucket"):
+        take("::".join(urls), 9)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -331,14 +394,60 @@ def test_pairs_in_memory_and_photos_scaled_as_they_are_decoded():
     batch = next(stream)
     assert batch.pixels.shape == (2, 3, 64, 64) and batch.keys is not None and sorted(batch.keys) == ["0", "1"]
     for seed in range(3):
-        exact, scaled = (
-            random_square(read_image(file.getvalue(), at_least).convert("RGB"), 64, random.Random(seed))
-            for at_least in (0, 128)
-        )
-        assert 0 < (exact.float() - scaled.float()).abs().mean() < 2
+        scaled = random_square(read_rgb(file.getvalue(), 128), 64, random.Random(seed))
+        left = 4 * int(random.Random(seed).random() * (200 - 150 + 1))
+        exact = Image.open(file).crop((left, 0, left + 600, 600)).resize((64, 64), Image.Resampling.BICUBIC)
+        assert 0 < abs(scaled - np.asarray(exact, int)).mean() < 2
     assert read_image(file.getvalue(), 128).size == (200, 150) and read_image(file.getvalue()).size == (800, 600)
     with pytest.raises(ValueError, match="got 1 images and 2 captions"):
         from_arrays([photo], ["a", "b"])
+
+
+def photo(number: int, mode: str = "RGB", **options) -> bytes:
+    """A JPEG of 75 x 50 with its own smooth colours."""
+    small = np.random.default_rng(number).integers(0, 256, (3, 4, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(small).resize((75, 50), Image.Resampling.BICUBIC).convert(mode).save(file, "JPEG", quality=90, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_photos_of_every_kind_with_and_without_simplejpeg(tmp_path, monkeypatch, caplog, workers):
+    """The same batches, bit for bit; the same samples refused for the same reasons, and counted."""
+    pytest.importorskip("simplejpeg")
+    kinds: dict[str, bytes | None] = {f"{number:04}.png": photo(number) for number in range(24)}
+    kinds |= {"0001.png": photo(1, "L"), "0002.png": photo(2, "CMYK"), "0003.png": photo(3, progressive=True)}
+    broken = {"0007.png": photo(7)[:300], "0013.png": photo(13)[:-2], "0019.png": b"\xff\xd8\xff" + bytes(50)}
+    where = write_shards(tmp_path, replace=kinds | broken)
+    found, logs = [], []
+    for absent in (False, True):
+        if absent:
+            monkeypatch.setattr("clipfast.image.simplejpeg", None)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            found.append(take(where, 6, batch_size=4, workers=workers, max_bad=0.5))
+        logs.append(caplog.messages)
+    assert_equal(*found)
+    kept = Counter(key for batch in found[0] for key in batch.keys or ())
+    assert kept == {f"{number:04}": 1 for number in range(24) if number not in (7, 13, 19)}
+    assert logs[0] == logs[1]
+    if workers == 0:  # a worker's messages are not of this process
+        assert sorted(line[8:12] for line in logs[0]) == ["0007", "0013", "0019"]
+
+
+def test_a_batch_holds_pillow_s_pixels_of_each_crop():
+    """The whole way of a photo, from bytes to its row, against Pillow's bicubic filter on the same place."""
+    stored = [photo(n) for n in range(8)]
+    batches = training_batches(DataConfig("memory", workers=0), R, 8, source=from_arrays(stored, list(map(caption, range(8)))))(
+        0
+    )
+    batch = next(batches)
+    assert batch.keys is not None and batch.pixels.is_contiguous(memory_format=torch.channels_last)
+    for row, key in enumerate(batch.keys):
+        image, rng = Image.open(io.BytesIO(stored[int(key)])), random.Random(f"0 0 0 {row}")
+        left = int(rng.random() * 26)
+        square = image.crop((left, 0, left + 50, 50)).resize((R, R), Image.Resampling.BICUBIC)
+        assert abs(batch.pixels[row].permute(1, 2, 0).numpy().astype(int) - np.asarray(square)).max() <= 1
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -357,6 +466,46 @@ def test_other_tables(tmp_path, kind):
     table.write_text("[1]\n")
     with pytest.raises(ValueError, match="line 1: expected a JSON object" if kind == "jsonl" else "expected a Parquet table"):
         DataConfig(str(table)).open()
+
+
+def test_captions_that_are_no_text_count_as_missing(tmp_path, caplog):
+    write_table(tmp_path, 3)
+    (tmp_path / "t.jsonl").write_text(
+        '{"path": "0.png", "caption": ["a", "b"]}\n\n{"path": 5, "caption": "c"}\n{"path": "1.png", "caption": "picture 1"}\n'
+    )
+    files = {"x.png": png(1), "x.json": b'{"caption": 5}', "y.png": png(2), "y.txt": b"picture 2"}
+    write_tar(tmp_path / "a.tar", files)
+    with caplog.at_level(logging.WARNING):
+        assert numbers(take(str(tmp_path / "t.jsonl"), 1, batch_size=3, max_bad=0.9)) == [1]
+        assert [batch.keys for batch in take(str(tmp_path / "a.tar"), 1, batch_size=2, max_bad=0.9)] == [["y"]]
+    assert {"skipped 0.png: no caption", "skipped x: no caption"} < set(caplog.messages)
+    arrays = from_arrays([np.zeros((R, R, 3), np.uint8)] * 2, [float("nan"), "a"])  # type: ignore[list-item]
+    assert [sample.caption for sample in arrays.samples()] == [None, "a"]
+
+
+def test_a_folder_is_trained_on_by_its_one_table(tmp_path):
+    table = Path(write_table(tmp_path))
+    assert_equal(take(str(tmp_path), 3), take(str(table), 3))
+    (tmp_path / "more.csv").write_bytes(table.read_bytes())
+    with pytest.raises(ValueError, match="expected a table of captions .* found more.csv, pairs.csv; name one"):
+        take(str(tmp_path), 1)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.png").write_bytes(png(1))
+    with pytest.raises(ValueError, match="expected a table of captions .* found none"):
+        take(str(tmp_path / "images"), 1)
+
+
+def test_tables_as_spreadsheets_write_them(tmp_path):
+    table = Path(write_table(tmp_path, 3))
+    table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes().replace(b"\n", b"\r\n"))
+    assert sorted(numbers(take(str(table), 1, batch_size=3))) == [0, 1, 2]
+    for content, line, message in (
+        ("path,caption\n0.png,café\n".encode("latin-1"), 0, "expected rows of UTF-8, got 'utf-8' codec"),
+        (b'path,caption\n0.png,a\n1.png,"' + b"x\n" * 100_000, 2, "expected rows of UTF-8, got field larger than"),
+    ):
+        table.write_bytes(content)
+        with pytest.raises(ValueError, match=f"pairs.csv, after line {line}: {message}"):
+            DataConfig(str(table)).open()
 
 
 def test_parquet_without_pyarrow_says_so(tmp_path, monkeypatch):

@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from clipfast.image import MEAN, STD, Preprocess, _transform, read_image
+import clipfast.image
+from clipfast.image import MEAN, STD, Preprocess, _transform, as_rgb, jpeg_decoder, read_image, read_rgb
+from clipfast.info import info
 
 SIZES = [
     (224, 224), (225, 224), (224, 227), (640, 480), (375, 500), (333, 217), (400, 223), (223, 449), (1, 1), (2, 3), (5, 1),
@@ -45,9 +47,9 @@ def picture(mode: str, width: int = 57, height: int = 40) -> Image.Image:
     return Image.fromarray(noise(width, height)).convert(mode)
 
 
-def encoded(image: Image.Image, format: str = "PNG") -> bytes:
+def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
-    image.save(file, format)
+    image.save(file, format, **options)
     return file.getvalue()
 
 
@@ -172,3 +174,88 @@ def test_damaged_files_raise_nothing_but_oserror() -> None:
 def test_what_holds_no_image(source, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Preprocess(32)(source)
+
+
+def jpegs() -> dict[str, bytes]:
+    """A small photo in every way of storing it that simplejpeg is given."""
+    photo, turned = picture("RGB").resize((121, 90), Image.Resampling.BICUBIC), Image.Exif()
+    turned[0x0112] = 6  # a quarter turn, which neither path applies
+    kinds = {
+        "4:2:0": {}, "4:2:2": {"subsampling": 1}, "4:4:4": {"subsampling": 0}, "progressive": {"progressive": True},
+        "turned": {"exif": turned}, "profile": {"icc_profile": b"profile" * 40}, "restarts": {"restart_marker_blocks": 2},
+        "RGB": {"keep_rgb": True},
+    }  # fmt: skip
+    return {name: encoded(photo, "JPEG", quality=90, **kind) for name, kind in kinds.items()} | {
+        "grey": encoded(photo.convert("L"), "JPEG", quality=90)
+    }
+
+
+def pillow_alone(data: bytes, at_least: int = 0) -> np.ndarray | str:
+    """The pixels, or the error's text."""
+    try:
+        return np.array(as_rgb(read_image(data, at_least)))
+    except OSError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("at_least, size", [(0, (90, 121)), (45, (45, 61)), (46, (90, 121)), (20, (23, 31)), (8, (12, 16))])
+def test_the_training_s_decoder_gives_pillow_s_pixels(at_least: int, size: tuple[int, int]) -> None:
+    pytest.importorskip("simplejpeg")
+    for name, data in jpegs().items():
+        got = clipfast.image._decode_jpeg(data, at_least)
+        assert got is not None and got.shape == (*size, 3) and got.dtype == np.uint8, name
+        assert np.array_equal(got, pillow_alone(data, at_least)) and np.array_equal(got, read_rgb(data, at_least)), name
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (8, 8), (9, 600)])
+def test_small_jpegs_are_not_scaled(size: tuple[int, int]) -> None:
+    data = encoded(Image.fromarray(noise(*size)), "JPEG")
+    assert np.array_equal(read_rgb(data), pillow_alone(data)) and read_rgb(data, 224).shape == (size[1], size[0], 3)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_jpegs_are_pillow_s_to_judge() -> None:
+    """The same files are refused with the same words, and what Pillow still decodes has its pixels."""
+    rng, kinds, refused = random.Random(0), list(jpegs().values()), 0
+    for _ in range(1500):
+        bad = bytearray(rng.choice(kinds))
+        if rng.random() < 0.2:
+            del bad[rng.randrange(3, len(bad)) :]
+        for _ in range(rng.randint(0, 3)):
+            bad[rng.randrange(2, min(len(bad), rng.choice((250, 10_000))))] = rng.randrange(256)
+        expected = pillow_alone(bytes(bad))
+        try:
+            assert np.array_equal(read_rgb(bytes(bad)), expected)
+        except OSError as error:
+            refused += 1
+            assert str(error) == expected
+    assert 300 < refused < 1200
+
+
+def test_what_only_pillow_decodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [
+        encoded(picture(mode), format) for mode, format in (("CMYK", "JPEG"), ("RGBA", "PNG"), ("P", "GIF"), ("RGB", "WEBP"))
+    ]
+    for data in sources:
+        (tmp_path / "image").write_bytes(data)
+        for source in (data, bytearray(data), tmp_path / "image"):
+            assert np.array_equal(read_rgb(source), pillow_alone(data))
+    assert np.array_equal(read_rgb(picture("LA")), np.array(picture("LA").convert("RGB")))
+    assert np.array_equal(read_rgb(noise(5, 4)), noise(5, 4))
+    with pytest.raises(TypeError, match="expected a path, bytes"):
+        read_rgb(3)
+    photo = jpegs()["4:2:0"]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 121 * 90 - 1)
+    with pytest.warns(Image.DecompressionBombWarning):
+        read_rgb(photo)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 121 * 90 // 2 - 1)
+    with pytest.raises(OSError, match="exceeds limit"):
+        read_rgb(photo)
+
+
+def test_the_decoder_is_optional_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    photo = jpegs()["4:2:0"]
+    assert jpeg_decoder() in info()
+    monkeypatch.setattr(clipfast.image, "simplejpeg", None)
+    assert np.array_equal(read_rgb(photo), pillow_alone(photo))
+    assert jpeg_decoder().startswith("Pillow ") and "pip install simplejpeg" in info()

@@ -117,7 +117,7 @@ def reported(op: str, capability: int, said: str) -> list[Row]:
     if filt := shutil.which("c++filt"):
         plain = subprocess.run([filt, *(row.kernel for row in rows)], capture_output=True, text=True).stdout.splitlines()
         for row, text in zip(rows, plain, strict=True):
-            row.kernel = re.sub(r"^void |\(anonymous namespace\)::|clipfast::|\([^()]*\)$", "", text)
+            row.kernel = re.sub(r"\([^()]*\)$", "", re.sub(r"^void |\(anonymous namespace\)::|clipfast::", "", text))
     return rows
 
 

@@ -27,10 +27,19 @@ template <> __device__ inline float narrow<float>(float x) { return x; }
 template <> __device__ inline __half narrow<__half>(float x) { return __float2half_rn(x); }
 template <> __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
+constexpr float kLog2E = 1.44269504f;
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 template <class T> struct alignas(16) Vector {
   static constexpr int kSize = 16 / sizeof(T);
   T at[kSize];
 };
+
+// Over the four threads that share a row of a tensor core's result.
+__device__ inline float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
 
 // A launch error belongs to this call, not to whoever asks next.
 inline void check(const char* op, cudaError_t status) {
@@ -166,6 +175,48 @@ __device__ inline float reciprocal(float x) {  // 1 ulp
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// ---- and of sm_80 and later ----
+template <class T> __device__ inline uint32_t pack(float low, float high) {  // rounded to nearest
+  uint32_t both;
+  if constexpr (std::is_same_v<T, __half>)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+// 16 bytes of shared memory from global memory past L1: `bytes` of them, the rest zeros. Both addresses are aligned to 16 bytes.
+__device__ inline void copy_async(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
+}
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int pending> __device__ inline void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory"); }
+// Four matrices of 8 × 8: lanes 8·i to 8·i + 7 give the rows of the i-th, 16 aligned bytes each, and of it r[i] has row lane / 4, columns
+// 2·(lane % 4) and the next; transposed, those two rows of column lane / 4.
+__device__ inline void load_matrices(uint32_t (&r)[4], const char* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ inline void load_matrices_transposed(uint32_t (&r)[4], const char* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+#define CLIPFAST_MMA_SYNC(type)                                                                                                    \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                             \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+// d += a · b by a warp, 16 × 8 of depth 16. With g = lane / 4 and t = 2·(lane % 4), each register two neighbours of 16 bit: a[i] is row
+// g + 8·(i % 2), columns t + 8·(i / 2); b0 and b1 are column g, rows t and t + 8; d[i] is row g + 8·(i / 2), column t + i % 2.
+template <class T> __device__ inline void mma_sync(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, __half>)
+    CLIPFAST_MMA_SYNC("f16");
+  else
+    CLIPFAST_MMA_SYNC("bf16");
 }
 
 // The driver's function, found at run time, so that the library loads where there is no driver.

@@ -38,7 +38,6 @@ constexpr int kLag = 2;                                  // steps by which the s
 constexpr int kScratch = 2048;                           // floats for the epilogue of a warpgroup
 constexpr int64_t kEdge = 16384;                         // of a block of G; more where the other edge, n or N, is less
 constexpr int kRowBytes = 2 * kDepth, kImageBytes = kRows * kRowBytes, kTextBytes = kColumns * kRowBytes;
-constexpr float kLog2E = 1.44269504f;
 
 // image: [n, D], text: [N, D], contiguous and aligned to 16 bytes, as are rows; row i has its pair in column i + offset.
 template <class T> struct Problem {
@@ -53,8 +52,6 @@ struct Plan {
   int row_blocks, tiles, steps;  // of kCluster · kRows rows, kColumns columns, kDepth
   int slots, parts;
 };
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The shortest work for any cluster, with the fewest slots, as each has memory for the statistics of columns; but eight slots, which
 // read the text together: it comes from HBM once for 8 · 256 rows, 0.34 TB/s at 700 TFLOP/s.
@@ -87,12 +84,6 @@ struct Seat {
 __device__ inline int pair_in_tile(int row, int64_t offset, int column) {
   const int64_t pair = row + offset - column;
   return pair >= -8 && pair < kColumns ? static_cast<int>(pair) : kColumns;
-}
-
-// Over the four threads that share a row.
-__device__ inline float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
 }
 
 struct alignas(1024) Shared {

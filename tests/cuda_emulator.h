@@ -1,6 +1,6 @@
 // A host emulator of what the Hopper kernels use (kernels/device.cuh), in place of CUDA's headers when CLIPFAST_EMULATED is defined. Every
 // CUDA thread is a fibre, a cluster of CTAs runs at a time, warps take turns in random order and some are held back; what is asynchronous
-// happens as late as it may (products at the wait, copies some turns after their issue, their destination spoilt at once). So a missing
+// happens as late as it may (products and cp.async at the wait, other copies some turns after their issue, the destination spoilt at once). So a missing
 // wait or fence, a wrong phase or layout, a stage given back early changes the result or is an error. The rules are those of the PTX ISA
 // (9.0), named where they stand. Not emulated: time, and the order in which proxies see each other's writes.
 #pragma once
@@ -21,6 +21,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #define __device__
@@ -84,7 +85,9 @@ struct Warp {
   uint64_t values[2][32], met[2], executed;
   std::deque<Product> products;
   std::vector<uint64_t> groups;  // how many products each commit included
+  uint32_t loaded[2][32][4];     // what a ldmatrix gave, on the two sides
 };
+struct AsyncCopy { char* to; const char* from; int bytes; };  // cp.async, of 16 bytes
 struct Cta {
   unsigned x;
   int rank, alive;
@@ -106,6 +109,8 @@ struct Thread {
   const void* state;
   int lane, registers;
   uint64_t meetings, issued, committed;
+  std::deque<AsyncCopy> copies;   // not yet arrived
+  std::deque<size_t> batches;     // how many of them each commit included
 };
 struct Copy { const CUtensorMap* map; std::vector<Cta*> to; uint32_t address, barrier; int x, y, delay; };  // cp.async.bulk.tensor
 struct Machine {
@@ -153,7 +158,9 @@ inline void arrive_named(Named& b, int threads) {
   if (++b.arrived < threads) return;
   b.arrived = 0, ++b.generation;
   // One that waited here gets no turn for a while, so that the others run as far ahead as they can.
-  if (machine.random() % 4 == 0) machine.starved = &self->cta->warps[self->warp->id / 4 * 4 + machine.random() % 4];
+  auto& warps = self->cta->warps;
+  if (machine.random() % 4 == 0)
+    machine.starved = &warps[std::min<size_t>(warps.size() - 1, self->warp->id / 4 * 4 + machine.random() % 4)];
 }
 inline void sync_named(Named& b, int threads) {
   const uint64_t generation = b.generation;
@@ -192,6 +199,9 @@ inline void deliver(const Copy& copy) {
     change(*cta, copy.barrier, 0, -2 * map.box_width * map.box_height);  // what is out of bounds counts too
   }
 }
+inline float value(uint16_t bits, bool half) {
+  return half ? static_cast<float>(__builtin_bit_cast(_Float16, bits)) : __bfloat162float({bits});
+}
 // "Matrix Descriptor Format", "Strides", K-major with a swizzle of 128 bytes: rows of 128 bytes, eight to an atom, from atom to atom the
 // stride byte offset; every field in units of 16 bytes.
 inline float element(Cta& cta, uint64_t descriptor, int row, int k, bool half) {
@@ -200,7 +210,7 @@ inline float element(Cta& cta, uint64_t descriptor, int row, int k, bool half) {
   const uint32_t address = 16 * field(0, 14) + row / 8 * 16 * field(32, 14) + row % 8 * 128 + 2 * k;
   uint16_t bits;
   std::memcpy(&bits, at(cta, swizzle(address), 2), 2);
-  return half ? static_cast<float>(__builtin_bit_cast(_Float16, bits)) : __bfloat162float({bits});
+  return value(bits, half);
 }
 // "wgmma.mma_async", m64n256k16: this warp's 16 rows. "Register fragments", D: register i of a lane has row lane / 4 + 8·(i / 2 % 2)
 // and column 8·(i / 4) + 2·(lane % 4) + i % 2.
@@ -223,6 +233,7 @@ inline void fibre() {
   try {
     (*machine.body)();
     require(self->warp->products.empty(), "a thread ends before its products");
+    require(self->copies.empty(), "a thread ends before its copies");
   } catch (const std::exception& e) {
     machine.error = e.what();
   }
@@ -241,11 +252,13 @@ inline void run_cluster(unsigned first, int cluster, int threads, int shared) {
       Thread& t = m.threads[rank * threads + i];
       t.x = i, t.cta = &cta, t.warp = &cta.warps.back(), t.lane = i % 32, t.ready = nullptr;
       t.registers = 65536 / threads / 8 * 8, t.done = t.fenced = false, t.meetings = t.issued = t.committed = 0;
+      t.copies.clear(), t.batches.clear();
       getcontext(&t.context);
       t.context.uc_stack.ss_sp = t.stack.get(), t.context.uc_stack.ss_size = Thread::kStack;
       makecontext(&t.context, fibre, 0);
     }
   }
+  if (m.random() % 2 == 0) m.starved = &m.ctas[m.random() % cluster].warps[m.random() % (threads / 32)];  // one comes late
   std::vector<int> order;
   for (int i = 0; i < cluster * threads / 32; ++i) order.push_back(i);
   for (bool left = true; left;) {
@@ -292,6 +305,33 @@ template <class F> std::string guarded(const F& call) {
   }
   sigaction(SIGSEGV, &before, nullptr);
   return result;
+}
+struct Memory {  // of a call to a kernel's host side: every array in pages of its own
+  std::deque<Guarded> arrays;
+  std::vector<std::pair<void*, const Guarded*>> results;
+
+  void* space(int64_t bytes) { return arrays.emplace_back(bytes).data; }
+  template <class T> const T* in(const void* from, int64_t count) {
+    return static_cast<const T*>(std::memcpy(space(count * sizeof(T)), from, count * sizeof(T)));
+  }
+  template <class T> T* out(T* to, int64_t count) {
+    if (!to) return nullptr;
+    auto* from = static_cast<T*>(space(count * sizeof(T)));
+    results.emplace_back(to, &arrays.back());
+    return from;
+  }
+};
+// The error of f(memory), or an empty text and the results where they belong.
+template <class F> const char* run(int seed, const F& f) {
+  static std::string message;
+  machine.random.seed(seed);
+  message = guarded([&] {
+    Memory m;
+    f(m);
+    for (const auto& a : m.arrays) require(a.intact(), "write outside a buffer");
+    for (const auto& [to, from] : m.results) std::memcpy(to, from->data, from->size);
+  });
+  return message.c_str();
 }
 }  // namespace emulated
 
@@ -382,6 +422,82 @@ template <int pending> void mma_wait(float (&)[128]) {
     for (; w.executed < until; ++w.executed, w.products.pop_front()) emulated::execute(*cta, w, w.products.front());
   });
   if (pending == 0) self->fenced = false;
+}
+template <class T> uint32_t pack(float low, float high) {
+  const auto bits = [](float x) {
+    return uint32_t{std::is_same_v<T, __half> ? __builtin_bit_cast(uint16_t, __float2half_rn(x)) : __float2bfloat16_rn(x).bits};
+  };
+  return bits(low) | bits(high) << 16;
+}
+inline bool aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
+// "cp.async": both addresses aligned to the 16 bytes; arrives at the wait for its group, for the thread that waits.
+inline void copy_async(void* to, const void* from, int bytes) {
+  require(shared_address(to) % 16 == 0 && aligned(from, 16) && bytes >= 0 && bytes <= 16, "cp.async");
+  char* const there = emulated::at(*self->cta, shared_address(to), 16);
+  std::memset(there, 0xff, 16);
+  self->copies.push_back({there, static_cast<const char*>(from), bytes});
+}
+inline void copy_commit() {
+  size_t before = 0;
+  for (const size_t batch : self->batches) before += batch;
+  self->batches.push_back(self->copies.size() - before);
+}
+template <int pending> void copy_wait() {
+  for (; self->batches.size() > pending; self->batches.pop_front())
+    for (size_t left = self->batches.front(); left-- > 0; self->copies.pop_front()) {
+      const emulated::AsyncCopy& copy = self->copies.front();
+      std::memset(copy.to, 0, 16), std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+}
+// "ldmatrix": lanes 8·i to 8·i + 7 name the rows of matrix i; a lane has row lane / 4, elements 2·(lane % 4) and the next, of each, and
+// with .trans the same of its transpose. Read as the last lane comes, before any may go on to write. Bank conflicts, which only cost time,
+// are errors too.
+inline void load_matrices(uint32_t (&r)[4], const char* row, bool transposed) {
+  require(shared_address(row) % 16 == 0, "ldmatrix from an address not aligned to 16 bytes");
+  emulated::Warp& w = *self->warp;
+  const int side = (self->meetings + 1) % 2;
+  meet(transposed ? 21 : 20, shared_address(row), [&, cta = self->cta] {
+    for (int i = 0, banks = 0; i < 32; ++i) {  // 32 of 4 bytes, which the eight rows of a matrix share
+      banks = (i % 8 ? banks : 0) | 1 << w.values[side][i] / 16 % 8;
+      require(i % 8 < 7 || banks == 255, "rows of a matrix of ldmatrix in the same banks");
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i)
+        for (int e = 0; e < 2; ++e) {
+          const int line = lane / 4, place = 2 * (lane % 4) + e;
+          const uint32_t at = w.values[side][8 * i + (transposed ? place : line)] + 2 * (transposed ? line : place);
+          std::memcpy(reinterpret_cast<char*>(&w.loaded[side][lane][i]) + 2 * e, emulated::at(*cta, at, 2), 2);
+        }
+  });
+  std::copy_n(w.loaded[side][self->lane], 4, r);
+}
+inline void load_matrices(uint32_t (&r)[4], const char* row) { load_matrices(r, row, false); }
+inline void load_matrices_transposed(uint32_t (&r)[4], const char* row) { load_matrices(r, row, true); }
+// "mma.m16n8k16", the fragments of .f16 and .bf16 with g = lane / 4, t = lane % 4: element i of a has row g (i < 2, 4 <= i < 6) or g + 8
+// and column 2·t + i % 2, 8 more from i = 4 on; element i of b has row 2·t + i % 2, 8 more from i = 2 on, and column g; d[i] has row g, 8
+// more from i = 2 on, and column 2·t + i % 2.
+template <class T> void mma_sync(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Operands { const uint32_t* a; uint32_t b[2]; float* d; } own{a, {b0, b1}, d};
+  emulated::Warp& w = *self->warp;
+  const int side = (self->meetings + 1) % 2;
+  meet(std::is_same_v<T, __half> ? 22 : 23, reinterpret_cast<uint64_t>(&own), [&] {
+    const auto of = [&](int lane) { return reinterpret_cast<const Operands*>(w.values[side][lane]); };
+    const auto element = [](const uint32_t* registers, int i) {
+      return emulated::value(static_cast<uint16_t>(registers[i / 2] >> i % 2 * 16), std::is_same_v<T, __half>);
+    };
+    static float left[16][16], right[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 8; ++i) left[g + (i < 2 || (i >= 4 && i < 6) ? 0 : 8)][2 * t + i % 2 + (i < 4 ? 0 : 8)] = element(of(lane)->a, i);
+      for (int i = 0; i < 4; ++i) right[2 * t + i % 2 + (i < 2 ? 0 : 8)][g] = element(of(lane)->b, i);
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        float sum = 0.0f;
+        for (int k = 0; k < 16; ++k) sum += left[lane / 4 + (i < 2 ? 0 : 8)][k] * right[k][2 * (lane % 4) + i % 2];
+        of(lane)->d[i] += sum;
+      }
+  });
 }
 inline float flushed(double x) { return std::abs(x) < 0x1p-126 ? 0.0f : static_cast<float>(x); }
 inline float exp2_fast(float x) { return flushed(std::exp2(static_cast<double>(x))); }

@@ -135,4 +135,5 @@ def _backward(ctx, dout, _):
     return dqkv, None, None, None, None
 
 
-OP = Op(__name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), compiled={"cpu": _supports_cpu}, autograd=(_setup, _backward))
+_COMPILED = {"cpu": _supports_cpu, "cuda": _supports_cuda}
+OP = Op(__name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), _COMPILED, autograd=(_setup, _backward))

@@ -124,11 +124,17 @@ def _measure(task: str, classes: str, templates: str) -> Callable[..., dict[str,
     return partial(zero_shot_source, classes=named, templates=_lines(templates) or TEMPLATES)
 
 
+def _load_to_read(name: str, device: str) -> tuple[CLIP, Preprocess]:
+    """``load``, and the model as ``for_inference`` gives it: a ResNet takes three quarters of the time."""
+    model, preprocess = load(name, device or None)
+    return model.for_inference(), preprocess
+
+
 def run_eval(data: DataConfig, options: Eval) -> None:
     """Measure zero-shot accuracy or retrieval."""
     measure = _measure(options.task, options.classes, options.templates)
     source = data.open()
-    model, preprocess = load(options.model, options.device or None)
+    model, preprocess = _load_to_read(options.model, options.device)
     results = measure(model, preprocess, source, batch_size=options.batch_size, threads=data.workers, tally=Tally(data.max_bad))
     for name, value in results.items():
         print(f"{name:20} {f'{value:8.2%}' if isinstance(value, float) else f'{value:6}'}")
@@ -146,7 +152,7 @@ def run_classify(options: Classify) -> None:
 def run_embed(data: DataConfig, options: Embed) -> None:
     """Write the image vectors of a folder, a table or shards; a second call goes on where the first was interrupted."""
     source = data.open()
-    model, preprocess = load(options.model, options.device or None)
+    model, preprocess = _load_to_read(options.model, options.device)
     parts = embed(
         model,
         preprocess,

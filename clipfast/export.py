@@ -16,8 +16,9 @@ from torch import Tensor
 from .data import replacing
 from .image import MEAN, STD
 from .model import CLIP
+from .names import TRANSFORMERS_NAMES
 from .tokenizer import END, START, SimpleTokenizer
-from .weights import TRANSFORMERS_NAMES, beyond_shapes
+from .weights import beyond_shapes
 
 
 def export(model: CLIP, out: str | Path, layout: str = "safetensors") -> Path:

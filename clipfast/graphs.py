@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.model import CLIP, Packed
+from clipfast.model import CLIP
+from clipfast.packed import Packed
 
 # A recorded call: its inputs, to be overwritten in place, and what replays it into its output.
 Recorded = tuple[tuple[Tensor, ...], Callable[[], Tensor]]

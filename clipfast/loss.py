@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from clipfast.kernels.contrastive import check_features, check_scalar, inner, scaled, wide
+from clipfast.kernels.op import first_derivative
 from clipfast.ranks import ALONE, Ranks, Returned
 
 
@@ -164,7 +164,7 @@ class _Clip(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, dy):
         image, text, scale, row_lse, col_lse, on_diagonal, labels, everyone, excess, *others = ctx.saved_tensors
         needs_image, needs_text, needs_scale, *_ = ctx.needs_input_grad
@@ -256,7 +256,7 @@ class _SigLip(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, dy):
         scale, image_grad, text_grad, dscale, dbias = ctx.saved_tensors
         of_image, of_text, of_scale, of_bias, *_ = ctx.needs_input_grad

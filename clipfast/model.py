@@ -8,6 +8,7 @@ block works for the one token that is read out of it, since no other output of t
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipfast.kernels import attention, layer_norm, linear, mlp, pooling
+from clipfast.kernels.linear import onednn
+from clipfast.packed import Packed, pack
 from clipfast.resnet import Bottleneck, ModifiedResNet
 
 _SIZES = ("embed_dim", "image_resolution", "vision_layers", "vision_width", "vision_patch_size",
@@ -44,15 +47,6 @@ class Layout(NamedTuple):
     causal: bool = False
     cu_seqlens: Tensor | None = None  # int32 [B + 1]: where each sequence starts, and T
     max_length: int | None = None
-
-
-class Packed(NamedTuple):
-    """Texts without padding, one behind the other, on one device: what ``CLIP.pack`` makes and ``encode_text`` takes."""
-
-    ids: Tensor  # int [T]
-    position: Tensor  # int64 [T]: of each token in its text
-    cu_seqlens: Tensor  # int32 [B + 1]: where each text starts, and T
-    max_length: int
 
 
 class Attention(nn.Module):
@@ -94,8 +88,7 @@ class Mlp(nn.Module):
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        fc, proj = self.c_fc, self.c_proj
-        return mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, self.quick_gelu)
+        return mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias, self.quick_gelu)
 
 
 class Block(nn.Module):
@@ -152,6 +145,15 @@ class Transformer(nn.Module):
             states.append(s)
         return states
 
+    def pack_weights(self) -> None:
+        """See ``CLIP.for_inference``."""
+        for block in self.resblocks:
+            homes = [(block.attn.out_proj, "weight"), (block.mlp.c_fc, "weight"), (block.mlp.c_proj, "weight")]
+            if block is not self.resblocks[-1]:  # which reads its projection in parts
+                homes.append((block.attn, "in_proj_weight"))
+            for home, name in homes:
+                setattr(home, name, nn.Parameter(onednn.packed(getattr(home, name)), requires_grad=False))
+
 
 class VisionTransformer(nn.Module):
     """ViT with one more layer norm before the transformer (paper, section 2.4)."""
@@ -175,7 +177,11 @@ class VisionTransformer(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """x [B, 3, R, R] -> [B, L, C]: class token and patches, with positions, normalised."""
-        x = self.conv1(x).flatten(2).transpose(1, 2)
+        patch = self.conv1.kernel_size[0]
+        grid = self.input_resolution // patch
+        # The patches do not overlap: the convolution is one product, which takes 0.5 to 0.7 of its time at B/32 on a CPU.
+        x = x[..., : grid * patch, : grid * patch].unflatten(3, (grid, patch)).unflatten(2, (grid, patch))
+        x = linear(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), self.conv1.weight.flatten(1))
         x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         return _norm(self.ln_pre, x + self.positional_embedding.to(x.dtype))
 
@@ -210,17 +216,27 @@ class CLIP(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.context_length, self.vocab_size, self.quick_gelu = context_length, vocab_size, quick_gelu
+        vit = not isinstance(vision_layers, (tuple, list))
+        width = vision_width if vit else 32 * vision_width  # where the image tower attends
+        heads = vision_heads or width // 64
+        layers: Any = vision_layers
+        side, patch = image_resolution, vision_patch_size or 0
+        for name, got, fits, expected in (
+            ("vision_layers", layers, layers > 0 if vit else len(layers) == 4, "a depth, or a ResNet's four"),
+            ("image_resolution", side, side > 0 if vit else side >= 32, "a positive number, of at least 32 for a ResNet"),
+            ("vision_patch_size", vision_patch_size, not vit or 0 < patch <= side, f"1 to {side} for a ViT"),
+            ("vision_heads", heads, heads > 0 and width % heads == 0, f"a divisor of {width}, the width of its attention"),
+            ("transformer_layers", transformer_layers, transformer_layers > 0, "a positive number"),
+            ("transformer_heads", transformer_heads, transformer_heads > 0 and transformer_width % transformer_heads == 0,
+             f"a divisor of transformer_width, {transformer_width}"),
+        ):  # fmt: skip
+            if not fits:
+                raise ValueError(f"CLIP: expected {name} to be {expected}, got {got}")
         self.visual: VisionTransformer | ModifiedResNet
-        if isinstance(vision_layers, (tuple, list)):
-            heads = vision_heads or vision_width * 32 // 64
-            self.visual = ModifiedResNet(tuple(vision_layers), embed_dim, heads, image_resolution, vision_width)
-        elif vision_patch_size is None:
-            raise ValueError("CLIP: expected vision_patch_size for a ViT (vision_layers is one number), got None")
+        if vit:
+            self.visual = VisionTransformer(side, patch, width, layers, heads, embed_dim, quick_gelu)
         else:
-            heads = vision_heads or vision_width // 64
-            self.visual = VisionTransformer(
-                image_resolution, vision_patch_size, vision_width, vision_layers, heads, embed_dim, quick_gelu
-            )
+            self.visual = ModifiedResNet(tuple(layers), embed_dim, heads, side, vision_width)
         self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, quick_gelu)
         self.token_embedding = nn.Embedding(vocab_size, transformer_width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
@@ -309,24 +325,40 @@ class CLIP(nn.Module):
 
         A ResNet's are kept: its batch statistics would move twice.
         """
-        for tower in (self.visual, self):
-            if isinstance(transformer := getattr(tower, "transformer", None), Transformer):
-                transformer.checkpointing = enable
+        for transformer in self._transformers():
+            transformer.checkpointing = enable
 
-    def for_inference(self) -> CLIP:
-        """A copy in eval mode that asks for no gradients, with a ResNet's batch norms folded into its convolutions."""
+    def for_inference(self, packed: bool = False) -> CLIP:
+        """A copy in eval mode that asks for no gradients, with a ResNet's batch norms folded into its convolutions.
+
+        Args:
+            packed: keep the weights of the blocks in the CPU's layout: 1.7 × as fast for one text, 1.3 × for one image, a few
+                per cent for many. Such a copy only encodes: it cannot be saved, copied, moved or compiled, and no gradient
+                passes through it. Where that layout does not pay, a warning says why, and the copy is as without.
+        """
         model = copy.deepcopy(self).eval().requires_grad_(False)
         if isinstance(model.visual, ModifiedResNet):
             model.visual.fold_batch_norms()
+        if packed and (reason := onednn.lacks_packed(self.transformer.resblocks[0].mlp.c_fc.weight)):
+            warnings.warn(f"for_inference: weights are not packed: {reason}", stacklevel=2)
+        elif packed:
+            for transformer in model._transformers():
+                transformer.pack_weights()
         return model
+
+    def _transformers(self) -> list[Transformer]:
+        return [t for tower in (self.visual, self) if isinstance(t := getattr(tower, "transformer", None), Transformer)]
 
     def _project(self, x: Tensor) -> Tensor:
         """The text tower's states at the end token [B, C] -> [B, D]."""
         return linear(_norm(self.ln_final, x), self.text_projection.T)
 
     def checked_image(self, image: Tensor) -> Tensor:
-        """The images in the model's dtype, once their shape has been found to fit; ValueError where it does not."""
+        """The images in the model's dtype, if they fit; ValueError for another shape, TypeError for what are no pixels."""
         side = self.visual.input_resolution
+        if not isinstance(image, Tensor) or not image.is_floating_point():
+            got = image.dtype if isinstance(image, Tensor) else type(image).__name__
+            raise TypeError(f"encode_image: expected a floating tensor [B, 3, {side}, {side}], got {got}; see preprocess")
         if image.ndim != 4 or image.shape[1:] != (3, side, side):
             raise ValueError(f"encode_image: expected images [B, 3, {side}, {side}], got {list(image.shape)}; see preprocess")
         return image.to(self.dtype)
@@ -342,46 +374,9 @@ class CLIP(nn.Module):
 
         Raises:
             ValueError: a shape or a length does not fit, an id is not in the vocabulary, a row has no end token.
-            TypeError: ``text`` is not of integers.
+            TypeError: ``text`` is no tensor of integers.
         """
-        if text.ndim != 2 or text.shape[1] > self.context_length:
-            raise ValueError(
-                f"encode_text: expected token ids [B, L ≤ {self.context_length}], got {list(text.shape)}; see tokenize"
-            )
-        if text.is_floating_point():
-            raise TypeError(f"encode_text: expected integer token ids, got {text.dtype}; see tokenize")
-        B, L = text.shape
-        if text.numel() and (lengths is None or text.device.type == "cpu"):
-            first, least, most = torch.stack([text.argmax(1), text.amin(1), text.amax(1)]).cpu()  # one transfer
-            self._check_ids(least, most, lengths is None)
-            lengths = first + 1 if lengths is None else lengths
-        lengths = torch.as_tensor([] if lengths is None else lengths, dtype=torch.int64, device="cpu")
-        if lengths.shape != (B,):
-            raise ValueError(f"encode_text: expected {B} lengths, got {list(lengths.shape)}")
-        if ((lengths < 1) | (lengths > L)).any():
-            wrong = int(((lengths < 1) | (lengths > L)).nonzero()[0])
-            raise ValueError(f"encode_text: expected lengths of 1 to {L} tokens, got {int(lengths[wrong])} in row {wrong}")
-        ends = F.pad(lengths.cumsum(0), (1, 0))
-        row = torch.repeat_interleave(torch.arange(B), lengths)
-        position = torch.arange(len(row)) - ends[row]
-        row, position, ends = (t.to(text.device, non_blocking=True) for t in (row, position, ends))
-        return Packed(text[row, position], position, ends.int(), int(lengths.max()) if B else 0)
-
-    def _check_ids(self, least: Tensor, most: Tensor, ended: bool) -> None:
-        """The least and the greatest id of every row [B], on the host; ``ended``: whether each row needs an end token."""
-        end = self.vocab_size - 1
-        wrong = (least < 0) | (most > end)
-        if wrong.any():
-            row = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"encode_text: expected ids of 0 to {end}, got {int(least[row])} to {int(most[row])} in row {row}; see tokenize"
-            )
-        if ended and (most < end).any():
-            row = int((most < end).nonzero()[0])
-            raise ValueError(
-                f"encode_text: expected the end token, id {end}, in every row, got none in row {row}; see tokenize, or give "
-                "lengths"
-            )
+        return pack(text, lengths, self.context_length, self.vocab_size)
 
     def _embed_text(self, packed: Packed) -> tuple[Tensor, Layout]:
         """Packed token states [T, C] and their layout."""

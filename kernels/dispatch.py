@@ -29,7 +29,8 @@ _forced: list[str | None] = [os.environ.get("CLIPFAST_BACKEND") or None]
 
 @contextlib.contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Run every op inside the ``with`` by this backend: ``cuda``, ``triton``, ``cpu``, ``torch`` or a library's name."""
+    """Run every op inside the ``with`` by this backend: ``cuda``, ``triton``, ``cpu``, ``torch`` or a library's name; or by its
+    ``reference``, plain PyTorch that can be differentiated any number of times."""
     _forced.append(backend)
     try:
         yield
@@ -78,7 +79,8 @@ class Backends:
     def choose(self, *args: Any) -> tuple[str, Any]:
         """Name and backend that run these arguments; NoBackend with every reason where none does."""
         device, reasons = args[0].device, []
-        for name in (forced(),) if forced() else AUTOMATIC.get(device.type, ("torch",)):
+        asked = "torch" if forced() == "reference" else forced()
+        for name in (asked,) if asked else AUTOMATIC.get(device.type, ("torch",)):
             backend = self.backend(name)
             reason = backend if isinstance(backend, str) else backend.supports(*args)
             if reason is None and name == "cuda" and not forced():

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
-from clipfast.kernels.dispatch import Backends
+from clipfast.kernels.dispatch import Backends, forced
 
 OPS: dict[str, Op] = {}
 LIBRARY = torch.library.Library("clipfast", "DEF")
@@ -90,6 +90,54 @@ def _function(run: Callable, setup: Callable, gradients: Callable) -> type[torch
             setup(ctx, args, output)
             return output
 
-        backward = staticmethod(once_differentiable(gradients))
+        backward = staticmethod(first_derivative(gradients))
 
     return Differentiable
+
+
+def first_derivative(backward: Callable) -> Callable:
+    """A backward pass whose gradients raise if they are differentiated in their turn.
+
+    torch's ``once_differentiable`` does so only where the gradients that come in can be differentiated, and lets silently fall
+    what depends on the saved tensors.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # create_graph=False
+            return found
+        found = found if isinstance(found, tuple) else (found,)
+        return _Refused.apply(len(found), *found, *ctx.saved_tensors, *grads)  # of all that they depend on
+
+    return run
+
+
+class _Refused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, number: int, *given: Any) -> Any:
+        same = tuple(g if g is None else g.view_as(g) for g in given[:number])
+        return same if number > 1 else same[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "clipfast: expected to be differentiated once, got a second derivative, which the kernels do not have; the towers "
+            "have it where their forward pass runs inside `with clipfast.kernels.use('reference')`, plain PyTorch"
+        )
+
+
+def transformable(function: Callable) -> Callable:
+    """For an op's public function: what it means in plain PyTorch (``spec.reference``) runs, which has every derivative, where
+    ``torch.func`` transforms it, derivatives run forwards or ``use("reference")`` asks for it."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and (
+            torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or forced() == "reference"
+        ):
+            return OPS[function.__name__].spec.reference(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return run

@@ -196,6 +196,44 @@ def test_low_precision_copy_and_state_round_trip() -> None:
             assert relative(ours.encode_text(text), expected[1]) < 0.05
 
 
+@pytest.mark.parametrize("family", SMALL)
+def test_pixels_may_lie_anyhow(family: str) -> None:
+    """Layouts, floating types, batches of one and none; a margin narrower than a patch is not seen, as by a convolution."""
+    ours, _ = (model.eval() for model in small_pair(family))
+    image, _ = small_batch(family)
+    with torch.no_grad():
+        expected = ours.encode_image(image)
+        apart = image.repeat(1, 1, 1, 2)[..., : image.shape[3]]
+        for other in (image.mT.contiguous().mT, image.to(memory_format=torch.channels_last), apart, image.double()):
+            assert relative(ours.encode_image(other), expected) < 1e-6
+        assert relative(ours.encode_image(image[3:4].expand(2, -1, -1, -1)), expected[[3, 3]]) < 1e-6
+        assert relative(ours.encode_image(image.half()), expected) < 1e-3
+        assert ours.encode_image(image[:0], normalize=True).shape == (0, 32)
+        assert ours.encode_image(torch.full_like(image[:1], torch.nan)).isnan().all()
+        assert relative(ours.to(memory_format=torch.channels_last).encode_image(image), expected) < 1e-6
+        if family == "vit":
+            sizes = SMALL["vit"] | TEXT | dict(image_resolution=30)
+            theirs = open_clip_model(sizes, CLIP(**sizes).state_dict()).eval()
+            image = image[..., :30, :30]
+            assert relative(ours_from(theirs, **sizes).encode_image(image), theirs.encode_image(image)) < 1e-5
+
+
+def test_token_ids_of_any_integers() -> None:
+    ours = small_pair("vit")[0].eval()
+    text = captions([3, 20, 7], 20)
+    with torch.no_grad():
+        expected = ours.encode_text(text)
+        for dtype in (torch.int32, torch.uint16, torch.uint32, torch.uint64):
+            assert torch.equal(ours.encode_text(text.to(dtype)), expected), dtype
+        short = torch.tensor([[3, END % 120, 0]])  # of another vocabulary, whose last id fits into a byte
+        small = CLIP(**SMALL["vit"], **{**TEXT, "vocab_size": END % 120 + 1}).eval()
+        for dtype in (torch.int8, torch.uint8, torch.int16):
+            assert torch.equal(small.encode_text(short.to(dtype)), small.encode_text(short)), dtype
+        for length in range(2, 21):  # the columns behind the end need not be there
+            text = captions([length], 20)
+            assert torch.equal(ours.encode_text(text[:, :length]), ours.encode_text(text))
+
+
 def test_wrong_input_is_named() -> None:
     ours, _ = small_pair("vit")
     with pytest.raises(ValueError, match=r"expected images \[B, 3, 32, 32\], got \[1, 3, 40, 40\]"):
@@ -208,3 +246,53 @@ def test_wrong_input_is_named() -> None:
         ours.encode_text(torch.zeros(2, 20, dtype=torch.int64), lengths=[3])
     with pytest.raises(ValueError, match="vision_patch_size"):
         CLIP(**{**SMALL["vit"], "vision_patch_size": None}, **TEXT)
+
+
+def test_lengths_from_the_host_spare_the_device_a_wait() -> None:
+    """A meta tensor has no values: whatever would be read from the device fails there."""
+    ours, text = small_pair("vit")[0].to("meta"), captions([3, 20, 7], 20)
+    assert ours.encode_text(text.to("meta"), lengths=[3, 20, 7], normalize=True).shape == (3, 32)
+    with pytest.raises(NotImplementedError, match="meta"):
+        ours.encode_text(text.to("meta"))
+
+
+def test_what_is_no_input_is_named() -> None:
+    """Types and sizes that would else fail somewhere inside, or give features of something else."""
+    ours, _ = small_pair("vit")
+    pixels, text = torch.zeros(2, 3, 32, 32), captions([3, 5], 20)
+    for wrong, got in (
+        (pixels.byte(), "torch.uint8"),
+        (pixels.to(torch.complex64), "torch.complex64"),
+        (pixels.numpy(), "ndarray"),
+        (["cat.jpg"], "list"),
+    ):
+        with pytest.raises(TypeError, match=rf"floating tensor \[B, 3, 32, 32\], got {got}; see preprocess"):
+            ours.encode_image(wrong)
+    for wrong in (["a dog"], text.numpy(), ours.pack(text)):
+        with pytest.raises(TypeError, match=f"tensor of token ids .* got {type(wrong).__name__}; see tokenize"):
+            ours.pack(wrong)
+    for dtype in (torch.bool, torch.complex64, torch.float64):
+        with pytest.raises(TypeError, match=f"integer token ids, got {dtype}"):
+            ours.encode_text(text.to(dtype))
+    with pytest.raises(ValueError, match=r"\[B, 1 ≤ L ≤ 20\], got \[2, 0\]"):
+        ours.encode_text(text[:, :0])
+    with pytest.raises(ValueError, match=r"expected 2 lengths, integers, got \[2\] of torch.float32"):
+        ours.encode_text(text, lengths=[2.5, 5.0])
+
+
+@pytest.mark.parametrize(
+    "family, name, got, expected",
+    [
+        ("vit", "vision_heads", 7, "a divisor of 128"),
+        ("vit", "transformer_heads", 3, "a divisor of transformer_width, 128"),
+        ("vit", "vision_width", 48, "vision_heads to be a divisor of 48, the width of its attention, got 0"),
+        ("vit", "vision_patch_size", 64, "1 to 32"),
+        ("vit", "vision_layers", 0, "a depth"),
+        ("vit", "transformer_layers", 0, "a positive number"),
+        ("resnet", "vision_layers", (1, 1, 1), "a ResNet's four"),
+        ("resnet", "image_resolution", 16, "at least 32 for a ResNet"),
+    ],
+)
+def test_sizes_that_make_no_model_are_named(family: str, name: str, got: object, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        CLIP(**(SMALL[family] | TEXT | {name: got}))

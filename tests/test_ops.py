@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipfast import kernels
@@ -129,11 +130,46 @@ def test_without_storage_the_operator_runs(op: str) -> None:
         assert a.shape == b.shape == c.shape and a.dtype == b.dtype == c.dtype and b.is_meta and isinstance(c, FakeTensor)
 
 
-def test_second_derivatives_are_refused() -> None:
-    given = arguments("mlp", "quick C64", torch.float64, "cpu")
-    (gradient,) = torch.autograd.grad(kernels.mlp(**given).sum(), given["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_second_derivatives_are_refused(op: str) -> None:
+    """Also where another way to them exists, beside which the op's part would fall silently; the reference has them."""
+    given = arguments(op, next(iter(kernels.OPS[op].spec.CASES)), torch.float64, "cpu")
+    leaf = next(v for v in given.values() if isinstance(v, Tensor) and v.requires_grad)
+
+    def twice(function) -> Tensor:
+        (gradient,) = torch.autograd.grad(
+            sum(o.square().sum() for o in tensors(function(**given))) + leaf.pow(3).sum(), leaf, create_graph=True
+        )
+        return torch.autograd.grad(gradient.square().sum(), leaf)[0]
+
+    with pytest.raises(RuntimeError, match="expected to be differentiated once"):
+        twice(public(op))
+    with dispatch.use("reference"):
+        torch.testing.assert_close(twice(getattr(kernels, op)), twice(kernels.OPS[op].spec.reference))
+
+
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_function_transforms_take_the_reference(op: str) -> None:
+    given = arguments(op, next(iter(kernels.OPS[op].spec.CASES)), torch.float64, "cpu")
+    name, leaf = next((k, v.detach()) for k, v in given.items() if isinstance(v, Tensor) and v.requires_grad)
+
+    def total(function, x: Tensor) -> Tensor:
+        return sum(o.square().sum() for o in tensors(function(**given | {name: x})))
+
+    ours, reference = getattr(kernels, op), kernels.OPS[op].spec.reference
+    direction = torch.randn_like(leaf)
+    for transform in (
+        lambda f: torch.func.grad(lambda x: total(f, x))(leaf),
+        lambda f: torch.func.jvp(lambda x: total(f, x), (leaf,), (direction,))[1],
+        lambda f: forward_tangent(lambda x: total(f, x), leaf, direction),
+    ):
+        torch.testing.assert_close(transform(ours), transform(reference))
+        assert transform(ours).abs().max() > 0
+
+
+def forward_tangent(function, x: Tensor, tangent: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent
 
 
 def test_layer_norm_of_which_only_the_sum_is_used() -> None:

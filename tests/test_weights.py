@@ -18,6 +18,7 @@ import transformers
 from torch import nn
 
 import clipfast.weights as weights
+from clipfast import names
 from clipfast.image import Preprocess
 from clipfast.model import CLIP, MODELS
 
@@ -191,9 +192,9 @@ def test_defaults_are_those_of_the_libraries() -> None:
     """A saved config.json leaves defaults out."""
     vision, text, clip = open_clip.CLIPVisionCfg(), open_clip.CLIPTextCfg(), transformers.CLIPConfig()
     theirs = {"vision_cfg": vision, "text_cfg": text, "vision_config": clip.vision_config, "text_config": clip.text_config}
-    for section, fields in {**weights._OPEN_CLIP, **weights._TRANSFORMERS}.items():
+    for section, fields in {**names._OPEN_CLIP, **names._TRANSFORMERS}.items():
         assert fields == {field: getattr(theirs[section], field) for field in fields}
-    for field, value in weights._OPEN_CLIP_VALUES.items():
+    for field, value in names._OPEN_CLIP_VALUES.items():
         assert getattr(vision, field, value) in (value, None) and getattr(text, field, value) in (value, None)
 
 
@@ -300,7 +301,7 @@ def test_build_model(vision: dict) -> None:
 def test_sizes_are_read_from_shapes(name: str) -> None:
     with torch.device("meta"):
         state = CLIP(**MODELS[name]).state_dict()
-    sizes, renamed = weights._from_state(name, state)
+    sizes, renamed = names.from_state(name, state)
     width = MODELS[name]["vision_width"] * (32 if name.startswith("RN") else 1)
     assert sizes == MODELS[name] | {"vision_heads": width // 64} and renamed.keys() == state.keys()
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from clipfast.kernels.op import Op
+from clipfast.kernels.op import Op, transformable
 
 _FORWARD = "(Tensor qkv, Tensor? cu_seqlens, int heads, bool causal, SymInt max_length) -> (Tensor out, Tensor lse)"
 _BACKWARD = (
@@ -16,6 +16,7 @@ _BACKWARD = (
 )
 
 
+@transformable
 def attention(
     qkv: Tensor, heads: int, *, causal: bool = False, cu_seqlens: Tensor | None = None, max_length: int | None = None
 ) -> Tensor:

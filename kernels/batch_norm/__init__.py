@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipfast.kernels.op import Op
+from clipfast.kernels.op import Op, transformable
 
 _FORWARD = (
     "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, bool relu) -> (Tensor y, Tensor mean, Tensor rstd)"
@@ -16,6 +16,7 @@ _BACKWARD = (
 )
 
 
+@transformable
 def batch_norm(
     x: Tensor,
     weight: Tensor,

@@ -51,10 +51,18 @@ def floors(itemsize: int, shape: tuple[int, ...], relu=False, residual=False, **
 
 
 def reference(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, relu: bool = False, eps: float = 1e-5
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    eps: float = 1e-5,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.1,
 ) -> Tensor:
     """What ``batch_norm`` means: differentiable, in the dtype of its input."""
-    y = F.batch_norm(x, None, None, weight.to(x.dtype), bias.to(x.dtype), training=True, eps=eps)
+    y = F.batch_norm(x, running_mean, running_var, weight.to(x.dtype), bias.to(x.dtype), True, momentum, eps)
     y = y if residual is None else y + residual
     return F.relu(y) if relu else y
 

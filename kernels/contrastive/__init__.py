@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from clipfast.kernels.op import Op
+from clipfast.kernels.op import Op, first_derivative, transformable
 
 _FORWARD = (
     "(Tensor image, Tensor text, Tensor scale, int offset) -> "
@@ -18,6 +17,7 @@ _BACKWARD = (
 )
 
 
+@transformable
 def contrastive(image_features: Tensor, text_features: Tensor, scale: Tensor | float, offset: int = 0) -> tuple[Tensor, Tensor]:
     """Negative log-likelihoods of the pairs, image to text and text to image, in O((n + N)·D) memory.
 
@@ -110,7 +110,7 @@ class _Contrastive(torch.autograd.Function):
         return row_nll, col_nll
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, row_grad, col_grad):
         image, text, scale, row_lse, col_lse, row_nll, col_nll = ctx.saved_tensors
         needs_image, needs_text, needs_scale, _ = ctx.needs_input_grad

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.kernels import dispatch
-from clipfast.kernels.op import Op
+from clipfast.kernels.op import Op, transformable
 
 _FORWARD = (
     "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)"
@@ -17,6 +17,7 @@ _BACKWARD = (
 )
 
 
+@transformable
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, eps: float = 1e-5):
     """Normalise the last dimension, after adding ``residual`` when there is one.
 

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from clipfast.kernels import dispatch
 from clipfast.kernels.linear import onednn
-from clipfast.kernels.op import Op
+from clipfast.kernels.op import Op, transformable
 
 _BACKWARD = "(Tensor dy, Tensor? x, Tensor? weight, bool bias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
 
 
+@transformable
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x·Wᵀ + b.
 
@@ -27,13 +28,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., C_out] in the dtype of ``x``.
     """
+    if weight.is_mkldnn:  # onednn.packed's, which no other backend reads
+        return OP(x.to(weight.dtype), weight, bias)
     return F.linear(x, weight, bias) if _vendors(x, weight) else OP(x, weight, bias)
 
 
 def _vendors(x: Tensor, weight: Tensor) -> bool:
     """Whether F.linear itself is the choice: decided before an operator is called, which would cost more than it chooses."""
-    if x.is_meta or torch.is_autocast_enabled(x.device.type):
-        return True
+    if x.is_meta or torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type):
+        return True  # what is exported depends neither on this machine nor, by the size below, on the batch
     if forced := dispatch.forced():
         return forced not in ("onednn", "torch")  # no other backend has a product of its own
     return (

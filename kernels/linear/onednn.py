@@ -60,6 +60,17 @@ def supports(*args: Any) -> str | None:
     return None
 
 
+def lacks_packed(weight: Tensor) -> str | None:
+    """Why this weight is not to be packed, or None."""
+    forced = dispatch.forced()
+    return supports(weight) if forced in (None, "onednn") else f"{forced} is forced, which does not read it"
+
+
+def packed(weight: Tensor) -> Tensor:
+    """A weight [C_out, C_in] as the product reads it, for ``forward`` alone; for few rows packing takes as long as they do."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+
+
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a·bᵀ + bias. oneDNN packs b itself, from rows or from columns; rows or columns further apart it would read one by one."""
     b = b if b.is_contiguous() or b.T.is_contiguous() else b.contiguous()
@@ -68,7 +79,7 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.numel() == 0:
-        return spec.forward(x, weight, bias)
+        return x.new_empty((*x.shape[:-1], len(weight))) if weight.is_mkldnn else spec.forward(x, weight, bias)
     return _product(x, weight, bias)
 
 

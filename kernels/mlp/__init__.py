@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from clipfast.kernels.linear import linear
-from clipfast.kernels.op import Op
+from clipfast.kernels.op import Op, transformable
 
 
+@transformable
 def mlp(
     x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, quick_gelu: bool = True
 ) -> Tensor:

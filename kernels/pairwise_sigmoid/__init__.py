@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from clipfast.kernels.contrastive import (
     check_features,
@@ -16,7 +15,7 @@ from clipfast.kernels.contrastive import (
     supports_cuda,
     wide,
 )
-from clipfast.kernels.op import Op
+from clipfast.kernels.op import Op, first_derivative, transformable
 
 _FORWARD = (
     "(Tensor image, Tensor text, Tensor scale, Tensor bias, int offset, bool want_image, bool want_text) -> "
@@ -24,6 +23,7 @@ _FORWARD = (
 )
 
 
+@transformable
 def pairwise_sigmoid(
     image_features: Tensor, text_features: Tensor, scale: Tensor | float, bias: Tensor | float, offset: int = 0
 ) -> Tensor:
@@ -61,7 +61,7 @@ class _PairwiseSigmoid(torch.autograd.Function):
         return loss.sum()
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, dy):
         image, text, scale, bias, bias_grad, image_grad, text_grad = ctx.saved_tensors
         needs_image, needs_text, needs_scale, needs_bias, *_ = ctx.needs_input_grad

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from clipfast.kernels.linear import linear
-from clipfast.kernels.op import Op
+from clipfast.kernels.op import Op, transformable
 
 
+@transformable
 def pooling(
     x: Tensor,
     query: Tensor,

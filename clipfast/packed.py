@@ -1,0 +1,60 @@
+"""Texts without padding: tokens up to each text's end token, one text behind the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Packed(NamedTuple):
+    """Texts without padding, one behind the other, on one device: what ``CLIP.pack`` makes and ``encode_text`` takes."""
+
+    ids: Tensor  # int64 [T]
+    position: Tensor  # int64 [T]: of each token in its text
+    cu_seqlens: Tensor  # int32 [B + 1]: where each text starts, and T
+    max_length: int
+
+
+def pack(text: Tensor, lengths: Tensor | Sequence[int] | None, context_length: int, vocab_size: int) -> Packed:
+    """See ``CLIP.pack``."""
+    expected = f"expected a tensor of token ids [B, 1 ≤ L ≤ {context_length}]"
+    if not isinstance(text, Tensor):
+        raise TypeError(f"encode_text: {expected}, got {type(text).__name__}; see tokenize")
+    if text.ndim != 2 or text.shape[1] > context_length or (len(text) and not text.shape[1]):
+        raise ValueError(f"encode_text: {expected}, got {list(text.shape)}; see tokenize")
+    if text.is_floating_point() or text.is_complex() or text.dtype == torch.bool:
+        raise TypeError(f"encode_text: expected integer token ids, got {text.dtype}; see tokenize")
+    text = text.long()  # unsigned integers have next to no operators
+    B, L = text.shape
+    if B and (lengths is None or text.is_cpu):
+        first, least, most = torch.stack([text.argmax(1), text.amin(1), text.amax(1)]).cpu()  # one transfer
+        _check_ids(least, most, vocab_size - 1, ended=lengths is None)
+        lengths = first + 1 if lengths is None else lengths
+    counts = torch.as_tensor([] if lengths is None else lengths, device="cpu")
+    if counts.shape != (B,) or (B and counts.is_floating_point()):
+        raise ValueError(f"encode_text: expected {B} lengths, integers, got {list(counts.shape)} of {counts.dtype}")
+    counts = counts.long()
+    if (wrong := (counts < 1) | (counts > L)).any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(f"encode_text: expected lengths of 1 to {L} tokens, got {int(counts[row])} in row {row}")
+    ends = F.pad(counts.cumsum(0), (1, 0))
+    row_of = torch.repeat_interleave(torch.arange(B), counts)
+    position = torch.arange(len(row_of)) - ends[row_of]
+    row_of, position, ends = (t.to(text.device, non_blocking=True) for t in (row_of, position, ends))
+    return Packed(text[row_of, position], position, ends.int(), int(counts.max()) if B else 0)
+
+
+def _check_ids(least: Tensor, most: Tensor, end: int, ended: bool) -> None:
+    """The least and the greatest id of every row [B], on the host; ``ended``: whether each row needs the end token."""
+    if (wrong := (least < 0) | (most > end)).any():
+        row = int(wrong.nonzero()[0])
+        got = f"{int(least[row])} to {int(most[row])} in row {row}"
+        raise ValueError(f"encode_text: expected ids of 0 to {end}, got {got}; see tokenize")
+    if ended and (most < end).any():
+        row = int((most < end).nonzero()[0])
+        expected = f"expected the end token, id {end}, in every row"
+        raise ValueError(f"encode_text: {expected}, got none in row {row}; see tokenize, or give lengths")

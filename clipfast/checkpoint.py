@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -24,6 +25,7 @@ from .job import Job
 
 log = logging.getLogger(__name__)
 ABOUT = "about.json"  # what is not a tensor, and the sizes and checksums of the files
+TOLD = {"step", "seconds", "config", "model_config", "scaler", "files"}
 
 
 class Checkpoints:
@@ -66,7 +68,7 @@ class Checkpoints:
                 shutil.rmtree(whole, ignore_errors=True)  # a damaged one of the same step
                 part.replace(whole)
                 _sync_folder(self.folder)
-                self._remove_old()
+                self._remove_others(about["step"])
             self.failed = None
         except BaseException as error:  # torch's CheckpointException is none of Exception's
             self._warn(error, part)
@@ -75,7 +77,8 @@ class Checkpoints:
         causes = getattr(error, "failures", None) or {self.job.rank: error}
         reasons = {str(c[0] if isinstance(c, tuple) else c) for c in causes.values()}
         told = f"CHECKPOINT NOT SAVED at {part.with_suffix('').name}: {'; '.join(sorted(reasons))}; the one before it stays"
-        log.error("%s, the training goes on: make room in %s", told, self.folder)
+        free = shutil.disk_usage(self.folder).free / 1e6 if self.folder.exists() else math.nan
+        log.error("%s, the training goes on; %.0f MB are free in %s: make room there", told, free, self.folder)
         self.failed = OSError(told)
         if self.job.rank == 0:
             shutil.rmtree(part, ignore_errors=True)
@@ -95,10 +98,13 @@ class Checkpoints:
         names = (re.fullmatch(r"step_(\d+)", path.name) for path in self.folder.glob("step_*"))
         return sorted(int(name[1]) for name in names if name)
 
-    def _remove_old(self) -> None:
-        for step in self.steps()[: -max(1, self.keep_last)]:
-            if not self.keep_every or step % self.keep_every:
-                shutil.rmtree(self.folder / f"step_{step:08}", ignore_errors=True)
+    def _remove_others(self, newest: int) -> None:
+        """What is not to be kept, and later ones: they were damaged, and the run has gone on from an earlier one."""
+        steps = self.steps()
+        kept = [step for step in steps if step <= newest][-self.keep_last :]
+        kept += [step for step in steps if step <= newest and self.keep_every and step % self.keep_every == 0]
+        for step in set(steps) - set(kept):
+            shutil.rmtree(self.folder / f"step_{step:08}", ignore_errors=True)
         for left in self.folder.glob("step_*.part"):  # of a job that was killed
             shutil.rmtree(left, ignore_errors=True)
 
@@ -117,6 +123,8 @@ class Checkpoints:
                 verify(path)
                 return path
             except ValueError as error:
+                if resume != "auto":
+                    return error
                 reason = str(error)
                 log.warning("skipped a damaged checkpoint: %s", reason)
         return ValueError(f"expected a whole checkpoint, got {len(paths)} damaged, the last {reason}") if paths else None
@@ -152,7 +160,10 @@ def read_about(path: Path) -> dict[str, Any]:
 def verify(path: Path) -> None:
     """ValueError where not all of a checkpoint's files are there and unharmed; it names what is not."""
     try:
-        for name, expected in read_about(path)["files"].items():
+        about = read_about(path)
+        if missing := TOLD - about.keys():
+            raise ValueError(f"{ABOUT} says nothing of {', '.join(sorted(missing))}")
+        for name, expected in about["files"].items():
             if (got := _fingerprint(path / name)) != expected:
                 raise ValueError(f"{name} has size and checksum {got}, expected {expected}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -198,8 +209,13 @@ class Reader(dcp.FileSystemReader):
 
 def load(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fill the tensors (FSDP's parts too) from a checkpoint, each rank what it needs; ValueError lists what does not fit."""
-    reader = Reader(path)
-    shapes = reader.shapes()
+    check_shapes(path, tensors)
+    dcp.load(dict(tensors), storage_reader=Reader(path), no_dist=True)
+
+
+def check_shapes(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """ValueError listing what a checkpoint lacks of the tensors, or has in another shape, or has besides."""
+    shapes = Reader(path).shapes()
     missing = [name for name in tensors if name not in shapes]
     differ = [
         f"{name} (expected {list(tensor.shape)}, got {list(shapes[name])})"
@@ -210,7 +226,6 @@ def load(path: Path, tensors: Mapping[str, Tensor]) -> None:
     faults = [("missing", missing), ("mis-shaped", differ), ("unexpected", more)]
     if told := [f"{len(names)} {fault}: {', '.join(names)}" for fault, names in faults if names]:
         raise ValueError(f"{path}: expected a checkpoint of this architecture: {'; '.join(told)}")
-    dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
 
 
 def weights(path: str | Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .data import Batch
 from .image import MEAN, STD
-from .job import Job, alike, exchange, full, local, spread
+from .job import Job, alike, exchange, full, local, peak_memory, spread
 from .loss import clip_loss, siglip_loss
 from .model import CLIP
 from .weights import beyond_shapes, from_tensors
@@ -248,9 +248,7 @@ class Engine:
                 self.average.update()
         self.scaler.update()
         found = {"loss": loss, "scale": self.model.logit_scale.exp().item(), "lr": rate, "gradient_norm": norm.item()}
-        if self.job.device.type == "cuda":
-            found["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        return found
+        return found | {"peak_memory_gb": peak_memory(self.job.device) / 1e9}
 
     def snapshot(self, averaged: bool = True) -> CLIP:
         """A plain copy of the model, with the averaged weights where there are some; every rank must call it."""
@@ -319,8 +317,12 @@ def prepare(model: CLIP, config: TrainConfig) -> list[nn.Module]:
     for transformer in transformers:
         transformer.checkpointing = config.gradient_checkpointing
     blocks = [block for transformer in transformers for block in transformer.resblocks]
-    for block in blocks if config.compile else ():
-        block.compile()
+    if config.compile:
+        # A block's one function has 24 variants: in either tower the first, middle and last block, with a graph and without,
+        # for one shape and then for any. Dynamo stops at 8 and would leave the rest as they are.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # type: ignore[attr-defined]
+        for block in blocks:
+            block.compile()
     return blocks
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import resource
 import signal
+import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +96,24 @@ class Job:
 ALONE = Job(0, 1, torch.device("cpu"))
 
 
+def peak_memory(device: torch.device) -> int:
+    """The most bytes so far: of tensors on a GPU, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def keep_memory() -> None:
+    """Make glibc keep freed memory for the next step. By default it hands large blocks back to the system at each free, and
+    the system zeroes them again at the next use: in the demo's step, 2,200 to 12,200 page faults and 3 to 23 ms of 60 to 77;
+    kept, 1,700 and 3 to 4, for a peak that is no higher (1,257 MB and 1,260)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # glibc's
+        if not mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD: from this size on a block is mapped by itself
+            mallopt(-3, 1 << 25)  # the most that glibc before 2.35 takes
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: how much may lie free at the end of the heap
+
+
 @contextmanager
 def joined(device: str = "auto", timeout: float = 600.0) -> Iterator[Job]:
     """The job of this process: alone, in a process group that is there already, or in torchrun's, which it makes and ends.
@@ -101,10 +123,16 @@ def joined(device: str = "auto", timeout: float = 600.0) -> Iterator[Job]:
     """
     kind = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     rank, world = place()
+    if kind.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"expected a device of this machine, got {device}, but torch {torch.__version__} finds no GPU; take cpu"
+        )
     if kind.type == "cuda" and kind.index is None and world > 1:
         kind = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
     if kind.type == "cuda":
         torch.cuda.set_device(kind)
+    if kind.type == "cpu":
+        keep_memory()
     if world == 1:
         yield Job(0, 1, kind)
         return
@@ -141,6 +169,10 @@ def spread(
     for tensor in [*towers.parameters(), *towers.buffers(), *scalars]:
         dist.broadcast(tensor.data, group_src=0, group=job.group)
     if how == "fsdp":
+        # FSDP takes no weights in another order, which a ResNet's have.
+        towers.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        # Of blocks that return a view: nothing here writes in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         mesh = DeviceMesh.from_group(job.group, job.device.type)
         options: Any = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(dtype, torch.float32 if dtype else None)}
         for block in blocks:
@@ -188,7 +220,11 @@ class Stop:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """SIGTERM and SIGUSR1 (what schedulers send before the time is up) set the flag in place of ending the process."""
+    """SIGTERM and SIGUSR1 (what schedulers send before the time is up) set the flag in place of ending the process.
+
+    torchrun passes SIGTERM on to its ranks, which then end with 0, and ends itself with 1; SIGUSR1 it passes on where told to
+    (`--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1`), and else dies of it.
+    """
     stop, before = Stop(), {}
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}

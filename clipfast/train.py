@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 
-from .checkpoint import Checkpoints, Reader, load, read_about
+from .checkpoint import Checkpoints, Reader, check_shapes, load, read_about
 from .data import Batch, output_folder, replacing
 from .engine import Engine, learning_rate
 from .job import Job, joined, stop_signals
@@ -27,6 +27,14 @@ CHOICES = {
     "parallel": ("ddp", "fsdp"),
     "loss": ("clip", "siglip"),
     "optimizer": ("adamw", "lamb"),
+}
+RANGES: dict[str, tuple[float, float]] = {  # at least, below
+    **dict.fromkeys(("batch_size", "checkpoint_every", "keep_last", "not_finite_steps", "timeout"), (1, math.inf)),
+    **dict.fromkeys(
+        ("steps", "epochs", "epoch_samples", "max_seconds", "micro_batch", "keep_every", "val_every"), (0, math.inf)
+    ),
+    **dict.fromkeys(("lr", "eps", "weight_decay", "warmup", "grad_clip"), (0, math.inf)),
+    **dict.fromkeys(("beta1", "beta2", "ema", "patch_dropout"), (0, 1)),
 }
 
 
@@ -59,8 +67,8 @@ class TrainConfig:
     lock_text: Annotated[bool, "leave the text tower as it is"] = False
     precision: Annotated[str, "fp32, bf16, fp16 or auto (bf16 on a GPU that has it, else fp32)"] = "auto"
     parallel: Annotated[str, "on many ranks: ddp (a copy each) or fsdp (weights and optimiser in parts)"] = "ddp"
-    gradient_checkpointing: Annotated[bool, "run each block again in the backward pass: less memory, more time"] = False
-    compile: Annotated[bool, "torch.compile the blocks of both towers"] = False
+    gradient_checkpointing: Annotated[bool, "run transformer blocks again in the backward pass: less memory, more time"] = False
+    compile: Annotated[bool, "torch.compile the transformers' blocks"] = False
     device: Annotated[str, "cpu, cuda, ... or auto"] = "auto"
     timeout: Annotated[float, "seconds after which a rank that does not answer ends the job"] = 600.0
     seed: Annotated[int, "of the initial weights and the order of the data"] = 0
@@ -79,6 +87,9 @@ class TrainConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"expected {name} {', '.join(choices[:-1])} or {choices[-1]}, got {getattr(self, name)!r}")
+        for name, (low, high) in RANGES.items():
+            if not low <= getattr(self, name) < high:
+                raise ValueError(f"expected {name} in [{low}, {high}), got {getattr(self, name)}")
         if self.epochs and not self.epoch_samples:
             raise ValueError("expected epoch_samples beside epochs: the number of samples in a shard is not known beforehand")
         if not (self.steps or self.epochs or self.max_seconds):
@@ -87,8 +98,6 @@ class TrainConfig:
             raise ValueError(f"expected warmup as a share of the run (below 1) without steps or epochs, got {self.warmup}")
         if self.lock_image and self.lock_text:
             raise ValueError("expected something to learn, got both lock_image and lock_text; leave one out")
-        if not 0 <= self.patch_dropout < 1:
-            raise ValueError(f"expected patch_dropout in [0, 1), got {self.patch_dropout}")
 
     @property
     def total_steps(self) -> float:
@@ -196,8 +205,7 @@ def train(
                     on_step(step, engine.model, metrics)
                 clock = perf_counter()
             checkpoints.wait()
-            if checkpoints.failed:
-                raise checkpoints.failed
+            job.gather(checkpoints.failed)  # raises on all ranks what one of them could not write
         whole, average = engine.snapshot(averaged=False), engine.snapshot() if config.ema else None
         if job.rank == 0 and step > first:
             with replacing(out / "model.pt") as file:
@@ -222,11 +230,17 @@ def resumed(config: TrainConfig, checkpoints: Checkpoints, engine: Engine) -> tu
     if path is None:
         return 0, 0.0
     about = read_about(path)
+    own = path.resolve().parent == checkpoints.folder.resolve()
+    if config.resume != "auto" and (others := [step for step in checkpoints.steps() if step > about["step"] or not own]):
+        told = f"expected no other checkpoints in {config.out} than those before {path}, got one of step {others[-1]}"
+        raise FileExistsError(f"{told}; go on from the newest (auto), or choose another `out`")
+    tensors = engine.tensors(Reader(path).shapes())
     now, then = json.loads(json.dumps(asdict(config))), about["config"]
     if changed := [name for name in now if name not in FREE_ON_RESUME and now[name] != then.get(name)]:
+        if "model" in changed:
+            check_shapes(path, tensors)
         differ = ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in changed)
         raise ValueError(f"expected the config of {path}, but {differ}; restore it, or choose another `out`")
-    tensors = engine.tensors(Reader(path).shapes())
     load(path, tensors)
     engine.loaded(tensors, about)
     return about["step"], about["seconds"]

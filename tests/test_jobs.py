@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -18,22 +19,22 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from clipfast import checkpoint
 from clipfast.data import Batch
-from clipfast.engine import Objective, Towers, backward, split
+from clipfast.engine import Objective, Towers, backward, drop_patches, split
 from clipfast.job import Job, exchange, full, spread
 from clipfast.model import CLIP
 from clipfast.train import TrainConfig, train
-from tests.test_train import RESNET, SIZES, checkpointed, gradients, log, pairs, tiny
+from tests.test_data import write_shards
+from tests.test_train import RESNET, SIZES, checkpointed, dense_loss, log, pairs, tiny
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 # Towers of one narrow block, 3.5 ms a pair one by one and 0.7 by sevens: each process takes its share of the cases of one rank.
 SMALL = SIZES | {"image_resolution": 16, "embed_dim": 16, "vision_layers": 1, "vision_width": 32, "vision_heads": 1}
-SMALL |= {"transformer_layers": 1, "transformer_width": 32}
+SMALL |= {"vision_patch_size": 8, "transformer_layers": 1, "transformer_width": 32}
 CASES = [  # (pairs, ranks, micro-batch (0: whole), how, dtype)
-    (4096, 1, 1, "ddp", "fp64"),
-    *((4096, size, micro, "ddp", dtype) for dtype in ("fp64", "fp32") for size in (1, 2, 4) for micro in (7, 64, 0)),
-    *((448, size, 1, "ddp", "fp64") for size in (2, 4)),
+    *((4096, size, micro, "ddp", dtype) for dtype in ("fp64", "fp32") for size in (1, 2, 4) for micro in (1, 7, 64, 0)),
     *((448, size, micro, "fsdp", dtype) for dtype in ("fp64", "fp32") for size in (2, 4) for micro in (7, 0)),
 ]
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
@@ -49,9 +50,19 @@ def share(batch: Batch, rank: int, size: int) -> Batch:
     return split(batch, size)[rank]
 
 
+def case_model(dtype: torch.dtype, rows_before: int = 0) -> CLIP:
+    """A model whose images lose half of their four patches: a row's are the same ones however the batch is split, as they are
+    drawn row by row, and a rank's generator stands where its rows begin."""
+    model = tiny(SMALL).to(dtype)
+    model.visual.transformer.register_forward_pre_hook(drop_patches(0.5))
+    torch.manual_seed(1)
+    torch.rand(rows_before, 4)
+    return model
+
+
 def case_gradients(case: tuple, rank: int, group: Any) -> dict[str, Tensor]:
     rows, size, micro, how, dtype = case
-    model = tiny(SMALL).to(DTYPES[dtype])
+    model = case_model(DTYPES[dtype], rank * rows // size)
     job = Job(rank, size, CPU, group, group, None) if size > 1 else Job(0, 1, CPU)
     towers, objective = Towers(model), Objective(model, group=job.group)
     blocks = [*model.visual.transformer.resblocks, *model.transformer.resblocks]
@@ -86,17 +97,18 @@ RUNS: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16", "micro_batch": 4},
     "bf16 fsdp": {"precision": "bf16", "micro_batch": 4, "parallel": "fsdp"},
 }
+FP16 = {"precision": "fp16", "micro_batch": 4, "parallel": "fsdp", "grad_clip": 0.5, "steps": 12}
 
 
 def whole_run(name: str, out: str, rank: int, size: int) -> dict[str, Tensor]:
-    done = train(run_config(f"{out}/{name} {size}", **RUNS[name]), shares(rank, size))
+    done = train(run_config(f"{out}/{name} {size}", **(FP16 if name == "fp16" else RUNS[name])), shares(rank, size))
     return dict((done.ema or done.model).state_dict())
 
 
 def curve(out: str, rank: int, size: int) -> None:
     """Twenty steps with 4,096 pairs, five batches again and again; what it leaves is its log."""
     batches = [share(narrow_pairs(4096, step), rank, size) for step in range(5)]
-    config = run_config(f"{out}/curve {size}", model=SMALL, batch_size=4096, steps=20)
+    config = run_config(f"{out}/curve {size}", model=SMALL | {"vision_patch_size": 16}, batch_size=4096, steps=20)
     train(config, lambda step: (batches[s % 5] for s in count(step)))
 
 
@@ -113,7 +125,7 @@ def job(rank: int, folder: str) -> None:
         if rank == case[1] - 1 or case[1] == 1:  # the last one's, for the first could have done all by itself
             found["-".join(map(str, case))] = own
     curve(folder, rank, 4)
-    for name in RUNS:
+    for name in (*RUNS, "fp16"):
         found[name] = whole_run(name, folder, rank, 4)
     found["resnet"] = resnet_statistics(rank, folder)
     found["errors"] = errors(rank, folder)
@@ -140,6 +152,18 @@ def errors(rank: int, folder: str) -> list[str]:
             train(run_config(f"{folder}/{out}", **changes), shares(rank, 4), validate=validate)
         except ValueError as error:
             found.append(str(error))
+
+    def no_room(path: Path) -> list[int]:
+        raise OSError("no room")
+
+    if rank == 0:  # what it alone writes, when the others have written theirs
+        fingerprint, checkpoint._fingerprint = checkpoint._fingerprint, no_room
+    try:
+        train(run_config(f"{folder}/full", steps=1, parallel="fsdp"), shares(rank, 4))
+    except (OSError, ValueError) as error:
+        found.append(str(error))
+    if rank == 0:
+        checkpoint._fingerprint = fingerprint
     return found
 
 
@@ -158,13 +182,14 @@ def found(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def truth() -> dict[int, dict[str, Tensor]]:
-    """The whole batch in one piece in fp64, by its number of pairs."""
+    """The whole batch in one piece in fp64 with the loss written out, by its number of pairs."""
     made = {}
     for rows in {case[0] for case in CASES}:
-        model, batch = tiny(SMALL).double(), narrow_pairs(rows)
-        batch = batch._replace(pixels=batch.pixels.double())
-        loss = gradients(model, [batch])
-        made[rows] = {name: p.grad for name, p in model.named_parameters()} | {"loss": torch.tensor(loss, dtype=torch.float64)}
+        model, batch = case_model(torch.float64), narrow_pairs(rows)
+        image, text = model.encode_image(batch.pixels.double()), model.encode_text(batch.tokens, lengths=batch.lengths)
+        loss = dense_loss(image, text, model.logit_scale.exp(), batch.labels)
+        loss.backward()
+        made[rows] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {"loss": loss.detach()}
     return made
 
 
@@ -205,6 +230,15 @@ def test_four_ranks_train_as_one(found: list[dict], folder: Path, name: str) -> 
         assert all(torch.equal(alone[key], start[key]) == key.startswith(frozen) for key in alone if "resblocks" in key)
 
 
+def test_a_gradient_beyond_fp16_in_one_ranks_part_is_left_out_by_all(found: list[dict], folder: Path) -> None:
+    lines = log(folder / "fp16 4")
+    finite = [math.isfinite(line["gradient_norm"]) for line in lines]
+    assert not finite[0] and finite[-1]  # the scaler begins at 65,536, which is too much here
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    for got in found:
+        assert all(torch.equal(value, found[0]["fp16"][key]) for key, value in got["fp16"].items())
+
+
 def test_a_checkpoint_of_fsdp_goes_on_alone_and_the_other_way(found: list[dict], folder: Path, tmp_path: Path) -> None:
     for name in ("fsdp", "siglip fsdp"):
         many, one = (checkpointed(folder / f"{name} {size}", 8) for size in (4, 1))
@@ -232,7 +266,8 @@ def test_the_statistics_of_batch_norm_are_the_mean_of_the_ranks(found: list[dict
 
 def test_what_is_wrong_is_said_on_every_rank(found: list[dict]) -> None:
     for rank, got in enumerate(found):
-        uneven, validation = got["errors"]
+        uneven, validation, full = got["errors"]
+        assert full.endswith("CHECKPOINT NOT SAVED at step_00000001: no room; the one before it stays")
         assert uneven == "expected a batch_size that the 4 ranks can share evenly, got 6: take a multiple"
         assert validation == ("one bad picture" if rank == 2 else "rank 2: one bad picture")
 
@@ -304,6 +339,29 @@ def test_a_signal_to_one_rank_saves_and_ends_all_with_exit_code_0(tmp_path: Path
     assert job.returncode == 0, said
     assert "rank 0: 7 steps" in said and "rank 1: 7 steps, SIGUSR1" in said
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000007"]
+
+
+def test_a_signal_to_torchrun_saves_though_it_reaches_the_readers_too(tmp_path: Path) -> None:
+    """The agent signals the process groups of its ranks, in which are the workers that read the next batch."""
+    data, out = write_shards(tmp_path / "data"), tmp_path / "run"
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "clipfast.cli", "train", data]
+    sizes = json.dumps(SIZES | {"vocab_size": 49408, "context_length": 77})
+    options = ["--model", sizes, "--steps", "100000", "--batch-size", "4", "--workers", "1", "--device", "cpu"]
+    job = subprocess.Popen(
+        [sys.executable, "-m", *torchrun, *options, "--out", str(out), "--no-tensorboard", "--no-progress"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 90
+        while not (out / "log.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        job.terminate()
+        said = job.communicate(timeout=60)[0]
+    finally:
+        job.kill()
+    assert "stopped by SIGTERM: go on with --resume auto" in said, said
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step_{len(log(out)):08}"]
 
 
 @pytest.mark.parametrize(("number", "timeout"), [(signal.SIGKILL, 60.0), (-1, 4.0)], ids=["dead", "hung"])

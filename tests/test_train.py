@@ -1,5 +1,6 @@
 """Training: the optimiser, the schedule, large batches in small memory, and runs that resume bit for bit."""
 
+import ctypes
 import json
 import math
 import os
@@ -215,8 +216,20 @@ def test_it_learns(tmp_path, micro_batch):
     first, last = (sum(line["loss"] for line in part) / 5 for part in (lines[:5], lines[-5:]))
     assert first > 1.9 and last < first - 0.4  # ln 8 = 2.08 knows nothing; equal words keep the labelled loss above 0
     assert lines[-1].keys() == {
-        *("step", "loss", "scale", "lr", "gradient_norm", "samples_per_second", "seconds", "data_wait", "ranks")
+        *(
+            "step",
+            "loss",
+            "scale",
+            "lr",
+            "gradient_norm",
+            "samples_per_second",
+            "seconds",
+            "data_wait",
+            "ranks",
+            "peak_memory_gb",
+        )
     }
+    assert 0.1 < lines[-1]["peak_memory_gb"] < 100
 
 
 def checkpointed(out: Path, step: int) -> dict[str, Tensor]:
@@ -376,7 +389,7 @@ def test_tensorboard_and_progress(tmp_path, capsys):
     events.Reload()
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([line["loss"] for line in log(tmp_path)])
     bar = capsys.readouterr().err
-    assert "100%" in bar and "loss" in bar and "scale" in bar and "lr" in bar and "samples/s" in bar
+    assert "100%" in bar and "loss" in bar and "scale" in bar and "lr" in bar and "samples/s" in bar and " GB" in bar
 
 
 # ---- options -----------------------------------------------------------------------------------------------------------------
@@ -397,6 +410,18 @@ def test_checkpointed_and_compiled_blocks_train_the_same(tmp_path, precision, mo
     assert losses(tmp_path / "parts", precision=precision, gradient_checkpointing=True, micro_batch=5) == close
     assert losses(tmp_path / "compiled", precision=precision, compile=True) == close
     assert losses(tmp_path / "both", precision=precision, compile=True, gradient_checkpointing=True, micro_batch=5) == close
+
+
+def test_every_kind_of_block_is_compiled(tmp_path, monkeypatch):
+    """First, middle and last of either tower, with a graph and without: more than Dynamo compiles of one function by itself."""
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 8)
+    torch._dynamo.reset()
+    deep = SIZES | {"vision_layers": 3, "transformer_layers": 3}
+    assert losses(tmp_path / "compiled", model=deep, compile=True, micro_batch=5) == pytest.approx(
+        losses(tmp_path / "plain", model=deep, micro_batch=5), rel=1e-5
+    )
 
 
 def test_fp16_with_a_scaler_trains_close_to_fp32_and_resumes(tmp_path, monkeypatch):
@@ -489,6 +514,16 @@ def test_the_data_is_waited_for(tmp_path):
     assert all(line["data_wait"] < 0.3 for line in log(tmp_path / "fast"))
 
 
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="of glibc")
+def test_training_on_a_cpu_keeps_its_memory(tmp_path):
+    """What a step frees is there for the next one: 64 MB would be mapped and zeroed anew each time, in 16,384 pages."""
+    train(config(tmp_path, steps=1), endless)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.empty(1 << 24).fill_(1)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 5 * 16_384  # it may first settle in another place
+
+
 def test_bytes_are_normalised_on_the_device():
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     images = torch.stack([Preprocess(32)(image.permute(1, 2, 0).numpy()) for image in pixels])
@@ -541,6 +576,30 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(tmp_path):
         train(config(tmp_path, steps=3, resume="auto", lr=2e-3, seed=1), endless)
 
 
+def test_a_run_does_not_mix_with_later_checkpoints_or_those_of_another(tmp_path):
+    for name in ("run", "other"):
+        train(config(tmp_path / name, checkpoint_every=4), endless)
+    for path in ("run/checkpoints/step_00000008", "other/checkpoints/step_00000012"):
+        with pytest.raises(FileExistsError, match="expected no other checkpoints in .*run than those before .*step 12"):
+            train(config(tmp_path / "run", steps=16, resume=str(tmp_path / path)), endless)
+    assert steps(tmp_path / "run") == [8, 12]
+
+
+def test_the_logs_of_a_run_end_where_it_goes_on(tmp_path):
+    settings = config(tmp_path, checkpoint_every=4, val_every=3, not_finite_steps=2, resume="auto")
+    with pytest.raises(FloatingPointError):
+        train(settings, spoilt(3, 6, 7), validate=lambda model, job: {"top1": 0.0})
+    for name in ("log", "eval", "not_finite"):
+        with open(tmp_path / f"{name}.jsonl", "a") as file:
+            file.write('{"step": 1, "lo\n{"step": 1')  # what a full disk and a kill leave
+    train(settings, endless, validate=lambda model, job: {"top1": 1.0})
+    found = {
+        name: [json.loads(line)["step"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("log", "eval", "not_finite")
+    }
+    assert found == {"log": list(range(1, 13)), "eval": [3, 6, 9, 12], "not_finite": [3]}
+
+
 def test_which_checkpoints_are_kept(tmp_path):
     train(config(tmp_path, checkpoint_every=1, keep_last=2, keep_every=5), endless)
     assert steps(tmp_path) == [5, 10, 11, 12]
@@ -548,11 +607,21 @@ def test_which_checkpoints_are_kept(tmp_path):
     assert resumed.steps == 6 and steps(tmp_path / "other") == [6]
 
 
+def test_a_damaged_checkpoint_does_not_outlive_newer_ones(tmp_path):
+    train(config(tmp_path, checkpoint_every=4, keep_last=1, keep_every=4), endless)
+    DAMAGE["cut"](tmp_path / "checkpoints" / "step_00000012")
+    going_on = config(tmp_path, checkpoint_every=2, keep_last=1, keep_every=4, resume="auto")
+    with pytest.raises(Interrupt):
+        train(going_on, endless, on_step=stop_at(10))
+    assert steps(tmp_path) == [4, 8, 10]
+
+
 DAMAGE = {
     "cut": lambda path: os.truncate(path / "__0_0.distcp", 5000),
     "flipped": lambda path: (path / "__0_0.distcp").open("r+b").write(b"\xff"),
     "missing": lambda path: (path / ".metadata").unlink(),
     "no json": lambda path: (path / "about.json").write_text("{"),
+    "not ours": lambda path: (path / "about.json").write_text('{"files": {}}'),
 }
 
 
@@ -579,6 +648,10 @@ def test_a_checkpoint_of_another_architecture_lists_the_shapes(tmp_path):
     engine = Engine(config(tmp_path), Job(0, 1, torch.device("cpu")), tiny(SIZES | {"vision_width": 128, "embed_dim": 32}))
     with pytest.raises(ValueError, match=r"visual.conv1.weight \(expected \[128, 3, 16, 16\], got \[64, 3, 16, 16\]\)"):
         checkpoint.load(path, engine.tensors({}))
+    with pytest.raises(ValueError, match=r"architecture: .* visual.conv1.weight|model.visual.conv1.weight \(expected \[128"):
+        train(config(tmp_path, model=SIZES | {"vision_width": 128}, resume="auto"), endless)
+    with pytest.raises(ValueError, match=r"model .*'quick_gelu': False.* restore it"):  # no shape differs
+        train(config(tmp_path, model=SIZES | {"quick_gelu": False}, resume="auto"), endless)
     with pytest.raises(ValueError, match=r"model.visual.transformer.resblocks.2.attn.in_proj_weight"):
         checkpoint.load(path, Engine(config(tmp_path), engine.job, tiny(SIZES | {"vision_layers": 3})).tensors({}))
 
@@ -630,6 +703,15 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_training_goes_on(tmp_pat
     assert not list((tmp_path / "end").rglob("*.part"))
 
 
+def test_a_log_that_cannot_be_written_ends_no_run(tmp_path, caplog):
+    try:
+        done = train(config(tmp_path), endless, on_step=lambda step, *_: limit_files(10 if 3 <= step < 6 else 1 << 40))
+    finally:
+        limit_files(resource.RLIM_INFINITY)
+    assert done.steps == 12 and [line["step"] for line in log(tmp_path)] == [1, 2, 3, 7, 8, 9, 10, 11, 12]
+    assert caplog.text.count("NO LOG from step 4 on") == 1 == caplog.text.count("NO LOG")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_ends_the_run(tmp_path, number):
     before = signal.getsignal(number)
@@ -657,6 +739,20 @@ def test_nothing_is_left_of_a_run_without_data(tmp_path):
     ("settings", "message"),
     [
         ({"steps": 0}, "expected an end of the training"),
+        *(
+            []
+            if torch.cuda.is_available()
+            else [({"device": "cuda"}, "expected a device of this machine, got cuda, .* take cpu")]
+        ),
+        ({"resume": "nowhere"}, "^nowhere: expected a whole checkpoint: .* take another"),
+        ({"steps": -3}, r"expected steps in \[0, inf\), got -3"),
+        ({"batch_size": 0}, r"expected batch_size in \[1, inf\), got 0"),
+        ({"micro_batch": -2}, "expected micro_batch in"),
+        ({"checkpoint_every": 0}, "expected checkpoint_every in"),
+        ({"lr": math.nan}, "expected lr in"),
+        ({"warmup": -1.0}, "expected warmup in"),
+        ({"ema": 1.0}, r"expected ema in \[0, 1\), got 1.0"),
+        ({"timeout": 0.0}, "expected timeout in"),
         ({"precision": "fp8"}, "expected precision auto, fp32, bf16 or fp16, got 'fp8'"),
         ({"loss": "cosine"}, "expected loss clip or siglip, got 'cosine'"),
         ({"lock_image": True, "lock_text": True}, "expected something to learn"),

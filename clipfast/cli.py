@@ -26,7 +26,7 @@ from .image import Preprocess, read_image
 from .info import info
 from .job import Job, place
 from .model import CLIP
-from .train import TrainConfig, sizes, train
+from .train import TrainConfig, new_model, train
 from .weights import load
 
 if sys.version_info >= (3, 11):
@@ -91,13 +91,13 @@ class Export:
 
 def run_train(data: DataConfig, config: TrainConfig, validation: Validation) -> None:
     """Train a model on pairs: alone, or on every process that torchrun starts. @FILE.toml in place of options reads them."""
-    size = sizes(config.model)
+    model = new_model(config)
     rank, world = place()
-    options = {"context_length": size["context_length"], "seed": config.seed, "rank": rank, "world": world}
-    batches = training_batches(data, size["image_resolution"], config.batch_size, **options)
+    options: dict[str, Any] = {"context_length": model.context_length, "seed": config.seed, "rank": rank, "world": world}
+    batches = training_batches(data, model.visual.input_resolution, config.batch_size, **options)
     if bool(validation.val_data) != bool(config.val_every):
         raise ValueError(f"expected val_data and val_every together, got {validation.val_data!r} and {config.val_every}")
-    done = train(config, batches, validate=_validate(data, validation) if config.val_every else None)
+    done = train(config, batches, model, validate=_validate(data, validation) if config.val_every else None)
     if rank == 0:
         print(f"{done.steps} steps in {done.seconds:.0f} s: {Path(config.out, 'model.pt')}")
         if done.stopped:

@@ -363,6 +363,8 @@ def training_batches(
                 raise batch  # sent as a value: raised in the worker, its message would hold the worker's whole traceback
             yield batch
 
+    # What the sequence depends on beside the seed: kept in checkpoints, so that a resumed run can tell when it is another one.
+    batches.order = {"data": config.data, "shuffle_buffer": config.shuffle_buffer, "streams": streams, "workers": workers}  # type: ignore[attr-defined]
     return batches
 
 

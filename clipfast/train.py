@@ -20,6 +20,7 @@ from .engine import Engine, learning_rate
 from .job import Job, joined, stop_signals
 from .model import CLIP, MODELS
 from .watch import Watch
+from .weights import load as load_model
 
 log = logging.getLogger(__name__)
 CHOICES = {
@@ -43,6 +44,7 @@ class TrainConfig:
     """What one training run is. The run ends at `steps`, `epochs` or `max_seconds`, whichever comes first."""
 
     model: Annotated[str | dict[str, Any], "a published size, or the arguments of clipfast.CLIP (JSON)"] = "ViT-B/32"
+    pretrained: Annotated[bool, "start from weights: those of `model`, a published name, a file or hf-hub:..."] = False
     out: Annotated[str, "folder of checkpoints, weights and logs"] = "run"
     steps: Annotated[int, "updates; 0: no limit"] = 0
     epochs: Annotated[float, "passes over epoch_samples; 0: no limit"] = 0.0
@@ -170,7 +172,8 @@ def train(
         checkpoints = Checkpoints(out / "checkpoints", job, config.keep_last, config.keep_every)
         with closing(watch), closing(checkpoints):
             engine = Engine(config, job, model or new_model(config))
-            step, seconds = first, _ = resumed(config, checkpoints, engine)
+            order = getattr(batches, "order", {})
+            step, seconds = first, _ = resumed(config, checkpoints, engine, order)
 
             def share(step: float) -> float:
                 return max(step / config.total_steps, seconds / config.max_seconds if config.max_seconds else 0.0)
@@ -198,7 +201,8 @@ def train(
                     if bad >= config.not_finite_steps:
                         raise FloatingPointError(f"{told}, {bad} in a row; lower lr or see the samples in not_finite.jsonl")
                 if step % config.checkpoint_every == 0 or ended:
-                    checkpoints.save(step, *engine.state(seconds))
+                    tensors, about = engine.state(seconds)
+                    checkpoints.save(step, tensors, about | {"order": order})
                 if validate and config.val_every and step % config.val_every == 0:
                     watch.evaluated(step, validate(engine.snapshot(), job))
                 if on_step:
@@ -214,7 +218,11 @@ def train(
 
 
 def new_model(config: TrainConfig) -> CLIP:
-    """A model of the configured sizes, its weights fixed by the seed."""
+    """The model that a run starts from: of the configured sizes, its weights fixed by the seed, or `pretrained`."""
+    if config.pretrained:
+        if not isinstance(config.model, str):
+            raise ValueError("expected the name or the file of weights as model beside pretrained, got sizes")
+        return load_model(config.model, "cpu")[0].float()
     torch.manual_seed(config.seed)
     model = CLIP(**sizes(config.model))
     if config.loss == "siglip":
@@ -222,8 +230,11 @@ def new_model(config: TrainConfig) -> CLIP:
     return model
 
 
-def resumed(config: TrainConfig, checkpoints: Checkpoints, engine: Engine) -> tuple[int, float]:
-    """Steps and seconds already done, the state that belongs to them loaded. Nothing is written."""
+def resumed(config: TrainConfig, checkpoints: Checkpoints, engine: Engine, order: dict[str, Any]) -> tuple[int, float]:
+    """Steps and seconds already done, the state that belongs to them loaded. Nothing is written.
+
+    order: what the sequence of the batches depends on; a warning tells where the checkpoint's was another.
+    """
     if not config.resume and checkpoints.steps():
         raise FileExistsError(f"expected no earlier run in {config.out}; resume it (auto), or choose another `out`")
     path = checkpoints.choose(config.resume)
@@ -241,6 +252,9 @@ def resumed(config: TrainConfig, checkpoints: Checkpoints, engine: Engine) -> tu
             check_shapes(path, tensors)
         differ = ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in changed)
         raise ValueError(f"expected the config of {path}, but {differ}; restore it, or choose another `out`")
+    before = about.get("order") or order  # of our own batches alone
+    if other := ", ".join(f"{name} {before.get(name)} -> {now}" for name, now in order.items() if now != before.get(name)):
+        log.warning("the batches go on in another order than before %s, some come twice or not: %s", path, other)
     load(path, tensors)
     engine.loaded(tensors, about)
     return about["step"], about["seconds"]

@@ -16,6 +16,7 @@ from clipfast.evaluate import classify
 from clipfast.image import Preprocess
 from clipfast.model import CLIP
 from clipfast.train import TrainConfig
+from clipfast.weights import load
 from tests.test_data import png, write_shards, write_table
 from tests.test_evaluate import SIZES
 
@@ -74,6 +75,13 @@ def test_train_then_eval_then_embed(capsys, tmp_path):
     assert (config["steps"], config["micro_batch"], config["tensorboard"], config["model"]) == (3, 3, False, SIZES)
 
     trained = ["--model", tmp_path / "run" / "model.pt", "--device", "cpu"]
+    tuned = ["--model", tmp_path / "run" / "model.pt", "--pretrained", "--lock-image", "--out", tmp_path / "tuned"]
+    assert run("train", data, *tuned, *settings) == 0
+    before, after = (load(tmp_path / name / "model.pt")[0].state_dict() for name in ("run", "tuned"))
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        name for name in before if not name.startswith("visual.")
+    }
+    capsys.readouterr()
     assert run("eval", data, "--task", "retrieval", *trained) == 0
     table = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert table["images"] == table["captions"] == "24" and table["image_to_text_R@10"].endswith("%")

@@ -300,6 +300,28 @@ def test_a_resumed_run_draws_the_same_random_numbers(tmp_path):
         assert torch.equal(value, straight.model.state_dict()[name]), name
 
 
+def test_another_order_of_the_data_on_resume_is_told(tmp_path, caplog):
+    def batches(step: int) -> Iterator[Batch]:
+        return endless(step)
+
+    batches.order = {"data": "a.tar", "workers": 2}
+    train(config(tmp_path, steps=2), batches)
+    train(config(tmp_path, steps=3, resume="auto"), batches)
+    train(config(tmp_path, steps=4, resume="auto"), endless)  # which does not say
+    train(config(tmp_path, steps=5, resume="auto"), batches)
+    told = partial(filter, lambda record: record.name == "clipfast.train", caplog.records)
+    assert not list(told())
+    batches.order = {"data": "a.tar", "workers": 4}
+    train(config(tmp_path, steps=6, resume="auto"), batches)
+    (record,) = told()
+    assert record.getMessage().endswith("some come twice or not: workers 2 -> 4")
+
+
+def test_a_pretrained_start_needs_a_name(tmp_path):
+    with pytest.raises(ValueError, match="expected the name or the file of weights as model beside pretrained"):
+        train(config(tmp_path, pretrained=True), endless)
+
+
 def test_a_finished_run_resumes_to_nothing(tmp_path):
     train(config(tmp_path, steps=3), endless)
     path = tmp_path / "checkpoints" / "step_00000003" / "about.json"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from bench import measure
 from bench.record import machine
 from bench.tables import absent
 
+SECONDS = 1.0  # of a row's rounds; more only where three rounds take longer
 ROWS: list[dict[str, Any]] = []
 CEILINGS: list[dict[str, float]] = []  # the roofline before the first row and after the last
 
@@ -35,6 +38,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="with --full only"))
 
 
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what was imported stays: of each of some 200 collections it would take a quarter of a second
+
+
 @pytest.fixture
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether the long grid is asked for."""
@@ -45,17 +53,17 @@ def full(request: pytest.FixtureRequest) -> bool:
 def compare(benchmark, full: bool, request: pytest.FixtureRequest) -> Callable[..., dict[str, float]]:
     """``compare(ours, rivals)``: times ours and every rival in turn; returns the speed-up over each.
 
-    A rival may be a str, the reason why it does not run here: its row says so. ``rounds``: without, as many as fit into two
-    seconds, 3 to 21; with ``--full`` three times as many. ``items``: what one call works through, for a rate. ``floor``: its
-    (FLOPs, bytes), for the share of the roofline. ``graphs``: on a GPU, calls shorter than ``measure.SHORT`` may be timed as
-    captured graphs, all or none. Anything else is kept in the row.
+    A rival may be a str, the reason why it does not run here: its row says so. ``rounds``: without, as many as fit into
+    ``SECONDS``, 3 to 21; with ``--full`` three times as many. ``items``: what one call works through, for a rate. ``floor``:
+    its (FLOPs, bytes), for the share of the roofline. ``graphs``: on a GPU, calls shorter than ``measure.SHORT`` may be timed
+    as captured graphs, all or none. Anything else is kept in the row.
     """
 
     def run(
         ours: Callable[[], Any],
         rivals: dict[str, Callable[[], Any] | str],
         rounds: int | None = None,
-        items: int = 1,
+        items: int | None = None,
         floor: tuple[int, int] | None = None,
         graphs: bool = False,
         **note: Any,
@@ -63,11 +71,11 @@ def compare(benchmark, full: bool, request: pytest.FixtureRequest) -> Callable[.
         if not CEILINGS:
             CEILINGS.append(measure.roofline())
         calls = {"": ours} | {name: rival for name, rival in rivals.items() if not isinstance(rival, str)}
-        once = sum(measure.seconds(call) for call in calls.values())  # warm-up: caches, lazy compilation
+        once = _turn(calls)  # warm-up: caches, lazy compilation
         if rounds is None:
             if once < 0.3 or measure.DEVICE == "cuda":  # there the first call compiles
-                once = sum(measure.seconds(call) for call in calls.values())
-            rounds = min(21, max(3, int(2 / once)))
+                once = _turn(calls)
+            rounds = min(21, max(3, int(SECONDS / once)))
         replays = _graphs(calls) if graphs and measure.DEVICE == "cuda" else None
         times: dict[str, list[float]] = {name: [] for name in calls}
 
@@ -88,7 +96,7 @@ def compare(benchmark, full: bool, request: pytest.FixtureRequest) -> Callable[.
             name=_name(request.node),
             ms=measure.spread(own),
             memory=memory[""],
-            items_per_s=items / median(own) if items > 1 else None,
+            items_per_s=items / median(own) if items else None,
             roofline=floor,
             rivals={n: dict(ms=measure.spread(t), speedup=speedup[n], memory=memory[n]) for n, t in times.items()}
             | {n: dict(absent=r) for n, r in rivals.items() if isinstance(r, str)},
@@ -99,6 +107,14 @@ def compare(benchmark, full: bool, request: pytest.FixtureRequest) -> Callable[.
         return speedup
 
     return run
+
+
+def _turn(calls: dict[str, Callable[[], Any]]) -> float:
+    """Seconds of a call of each, with the eviction before it, which outlasts the short ones."""
+    start = perf_counter()
+    for call in calls.values():
+        measure.seconds(call)
+    return perf_counter() - start
 
 
 def _graphs(calls: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]] | None:

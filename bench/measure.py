@@ -17,6 +17,7 @@ import torch
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 SHORT = 2e-3  # seconds: below it the launches of a step weigh, and a GPU's calls are timed as captured graphs
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_LARGE = 1 << 20  # bytes from which on a block is a mapping of its own while memory is measured
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -36,8 +37,9 @@ def memory_lacks() -> str | None:
 def peak_memory(call: Callable[[], Any]) -> int | None:
     """Bytes that ``call`` needs at its peak beyond what is held before it; None where ``memory_lacks()`` says why.
 
-    On a GPU the allocator's bytes. On the CPU resident pages, to about 0.1 MB: what earlier calls left free in the heap goes
-    back to the system first, so that its reuse counts. Call it once before: what a library keeps for good is not of one call.
+    On a GPU the allocator's bytes. On the CPU resident pages, to about 0.1 MB, whatever ran before: what earlier calls left
+    free in the heap goes back to the system first, so that its reuse counts, and is taken, so that large blocks are new ones
+    that go back when they are freed. Call it once before: what a library keeps for good is not of one call.
     """
     if memory_lacks():
         return None
@@ -51,15 +53,51 @@ def peak_memory(call: Callable[[], Any]) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     libc = ctypes.CDLL(None)
     mallopt, trim = (getattr(libc, name, lambda *_: None) for name in ("mallopt", "malloc_trim"))  # glibc's
-    mallopt(_MMAP_THRESHOLD, 1 << 20)  # larger blocks come from the system and go back: no gaps in the heap are counted
+    mallopt(_MMAP_THRESHOLD, _LARGE)  # larger blocks come from the system and go back: no gaps in the heap are counted
+    gaps = _fill_gaps(libc)
     trim(0)
-    _CLEAR.write_text("5")  # the peak is now what is resident
-    before = _resident("VmHWM")
-    call()
-    peak = _resident("VmHWM") - before
-    mallopt(_MMAP_THRESHOLD, 32 << 20)  # where glibc's own adjustment ends after a few large blocks, and with it
-    mallopt(_TRIM_THRESHOLD, 64 << 20)
-    return peak
+    try:
+        _CLEAR.write_text("5")  # the peak is now what is resident
+        before = _resident("VmHWM")
+        call()
+        return _resident("VmHWM") - before
+    finally:
+        for gap in gaps:
+            libc.free(gap)
+        mallopt(_MMAP_THRESHOLD, 32 << 20)  # where glibc's own adjustment ends after a few large blocks, and with it
+        mallopt(_TRIM_THRESHOLD, 64 << 20)
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's struct mallinfo2: hblks counts the blocks that are mappings of their own, fordblks the free bytes of the heap."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
+    ]
+
+
+def _fill_gaps(libc: Any) -> list[int]:
+    """Blocks that fill every gap of ``_LARGE`` bytes in the heap, untouched, so that none of their pages is resident.
+
+    glibc looks for a gap before it asks the system, and which one it takes follows from all that was freed before: the second
+    of two equal calls may get another gap than the first, whose pages stay, and the peak is twice what is needed at a time.
+    """
+    if not (hasattr(libc, "mallinfo2") and hasattr(libc, "malloc_trim")):
+        return []
+    libc.mallinfo2.restype, libc.malloc.restype, libc.malloc.argtypes = _Mallinfo, ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+    libc.malloc_trim(0)  # the top of the heap is no gap then
+    info, gaps = libc.mallinfo2(), []
+    size, mappings = info.fordblks, info.hblks
+    while size >= _LARGE:
+        block = libc.malloc(size)
+        if block and libc.mallinfo2().hblks == mappings:
+            gaps.append(block)
+        else:
+            libc.free(block)
+            size //= 2
+    return gaps
 
 
 def _resident(what: str) -> int:

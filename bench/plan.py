@@ -45,20 +45,29 @@ def measured() -> Rates:
 
 
 def tower_flops(name: str) -> tuple[float, float]:
-    """FLOPs of one image and one caption, forward. A block is 24C² a token and 4LC a token for attention; the last block reads
-    one token of L, which costs 4LC·H for scores and values over the inputs and 20C² for that token."""
-    m = MODELS[name]
-    if not isinstance(m["vision_layers"], int):
-        raise ValueError(f"expected a ViT, got {name}: the convolutions of a ResNet are not counted here")
-    patches = (m["image_resolution"] // m["vision_patch_size"]) ** 2
+    """FLOPs of one image and one caption of a published size, forward."""
+    return image_flops(MODELS[name]), text_flops(MODELS[name], TOKENS)
 
-    def tower(tokens: int, width: int, layers: int, heads: int) -> float:
-        block = 24 * width**2 * tokens + 4 * tokens**2 * width
-        return (layers - 1) * block + 4 * tokens * width * heads + 20 * width**2
 
-    image = tower(patches + 1, m["vision_width"], m["vision_layers"], m["vision_width"] // 64)
-    image += 2 * patches * 3 * m["vision_patch_size"] ** 2 * m["vision_width"]
-    return image, tower(TOKENS, m["transformer_width"], m["transformer_layers"], m["transformer_heads"])
+def image_flops(sizes: dict[str, Any]) -> float:
+    """FLOPs of one image through a ViT of these sizes (clipfast.CLIP's arguments), forward."""
+    if not isinstance(sizes["vision_layers"], int):
+        raise ValueError(f"expected a ViT, got {sizes}: the convolutions of a ResNet are not counted here")
+    patch, width = sizes["vision_patch_size"], sizes["vision_width"]
+    patches = (sizes["image_resolution"] // patch) ** 2
+    return 2 * patches * 3 * patch**2 * width + _tower(patches + 1, width, sizes["vision_layers"], width // 64)
+
+
+def text_flops(sizes: dict[str, Any], tokens: int) -> float:
+    """FLOPs of one caption of so many tokens, forward."""
+    return _tower(tokens, *(sizes[f"transformer_{what}"] for what in ("width", "layers", "heads")))
+
+
+def _tower(tokens: int, width: int, layers: int, heads: int) -> float:
+    """A block is 24C² a token and 4LC a token for attention; the last block reads one token of L, which costs 4LC·H for scores
+    and values over the inputs and 20C² for that token."""
+    block = 24 * width**2 * tokens + 4 * tokens**2 * width
+    return (layers - 1) * block + 4 * tokens * width * heads + 20 * width**2
 
 
 def weights(name: str) -> int:

@@ -16,7 +16,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-OURS, RIVALS = "#d1495b", ["#2e4057", "#66a182", "#edae49", "#8d96a3", "#7b5ea7", "#00798c"]
+OURS, OURS_TOO = "#d1495b", "#e9a6ae"  # the automatic choice; ours in another form
+RIVALS = ["#2e4057", "#66a182", "#edae49", "#8d96a3", "#7b5ea7", "#00798c"]
+MARKS = "os^Dv<>P*Xdp"  # as many as there may be ops: colours come again, with another mark
 Record = dict[str, Any]
 
 
@@ -73,23 +75,25 @@ def roofline(record: Record, path: Path) -> Path | None:
     rows = [row for row in record["rows"] if row["roofline"] and row["roofline"]["bytes"]]
     if not rows:
         return None
-    roof, figure = record["roofline"], plt.figure(figsize=(9, 6))
+    roof, figure = record["roofline"], plt.figure(figsize=(11, 6))
     axes, ridge = figure.add_subplot(), roof["flops_per_s"] / roof["bytes_per_s"]
     points = [(r["roofline"]["flops"] / r["roofline"]["bytes"], r["roofline"]["flops"] / r["ms"]["median"] / 1e6) for r in rows]
     low, high = min(ridge / 10, *(x for x, _ in points)) / 1.5, max(ridge * 10, *(x for x, _ in points)) * 1.5
     ceiling = [low * roof["bytes_per_s"] / 1e9, roof["flops_per_s"] / 1e9, roof["flops_per_s"] / 1e9]
     axes.loglog([low, ridge, high], ceiling, color="#333333", lw=2)
-    axes.text(low * 1.6, ceiling[0], f"copy {roof['bytes_per_s'] / 1e9:,.0f} GB/s", va="top", fontsize=9)
+    at, copy = low * (ridge / low) ** 0.5, f"copy {roof['bytes_per_s'] / 1e9:,.0f} GB/s"
+    axes.text(0.85 * at, at * roof["bytes_per_s"] / 1e9, copy, ha="right", fontsize=9)
     axes.text(high, ceiling[1] * 1.1, f"matrix product {roof['flops_per_s'] / 1e12:.3g} TFLOP/s", ha="right", fontsize=9)
     groups = list(dict.fromkeys(row.get("op", row["group"]) for row in rows))
     for i, group in enumerate(groups):
         mine = [point for row, point in zip(rows, points, strict=True) if row.get("op", row["group"]) == group]
         shares = [row["roofline"]["share"] for row in rows if row.get("op", row["group"]) == group]
         reached = f"{group.replace('_', ' ')}: {min(shares):.0%} to {max(shares):.0%}"
-        axes.loglog(*zip(*mine, strict=True), "os^Dv<>"[i % 7], color=[OURS, *RIVALS][i % 7], label=reached, ms=7, alpha=0.85)
+        colour = [OURS, *RIVALS][i % 7]
+        axes.loglog(*zip(*mine, strict=True), MARKS[i % len(MARKS)], color=colour, label=reached, ms=7, alpha=0.85)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, title="share of the roofline", loc="lower right")
-    clean(axes, "Ours, forward + backward, under the roofline", xlabel="FLOPs per byte that must move", ylabel="GFLOP/s")
+    axes.legend(frameon=False, title="share of the roofline", loc="upper left", bbox_to_anchor=(1.01, 1))
+    clean(axes, "Ours under the roofline", xlabel="FLOPs per byte that must move", ylabel="GFLOP/s")
     return finish(figure, record, path)
 
 
@@ -100,13 +104,15 @@ def bars(record: Record, groups: Sequence[str], name: str, path: Path) -> Path |
         return None
     figure = plt.figure(figsize=(9, 1.2 + sum(0.34 * (2 + len(row["rivals"])) for row in rows)))
     axes, at, ticks = figure.add_subplot(), 0.0, []
+    names = dict.fromkeys(n for row in rows for n in row["rivals"] if not n.startswith("our "))
+    colours = {name: RIVALS[i % len(RIVALS)] for i, name in enumerate(names)} | {"clipfast": OURS}
     for row in rows:
         ours, ms = row["items_per_s"], row["ms"]["median"]
         rates = {n: ours * ms / r["ms"]["median"] for n, r in row["rivals"].items() if "absent" not in r}
         ticks.append((at + len(rates) / 2, row["name"]))
         for i, (who, rate) in enumerate({"clipfast": ours, **rates}.items()):
             share = rate / max(ours, *rates.values(), 0)
-            axes.barh(at, share, color=[OURS, *RIVALS][i % 7], height=0.92)
+            axes.barh(at, share, color=colours.get(who, OURS_TOO), height=0.92)
             times = "" if i == 0 else f", ours {row['rivals'][who]['speedup']:.2f} ×"
             axes.text(share + 0.01, at, f"{who} {rate:,.0f}/s{times}", va="center", fontsize=8)
             at += 1

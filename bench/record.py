@@ -8,6 +8,7 @@ kernels/passed.json, from which a CUDA C++ kernel knows the GPUs that it may run
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
 import json
@@ -17,7 +18,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,33 @@ def fingerprints() -> dict[str, str]:
 
 
 def records() -> dict[str, dict[str, Any]]:
-    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    """What lies in bench/results/, by its name; ValueError for a file that is no JSON."""
+    found = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        try:
+            found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"bench/results/{path.name}: expected the JSON of a record: {error}") from error
+    return found
 
 
-def problems(record: dict[str, Any]) -> Iterator[str]:
+def measured(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The records of benchmarks among them, every one whole; ValueError with all that is wrong."""
+    ours = {name: record for name, record in found.items() if name != "demo"}
+    if bad := [f"bench/results/{name}.json: {problem}" for name, record in ours.items() for problem in problems(record)]:
+        raise ValueError("\n".join(bad))
+    return ours
+
+
+def problems(record: Any) -> Iterator[str]:
     """What keeps a record of benchmarks from being one: a missing part, a figure that cannot be."""
+    try:
+        yield from _problems(record)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        yield f"expected a record as bench/run.py writes it: {type(error).__name__}: {error}"
+
+
+def _problems(record: dict[str, Any]) -> Iterator[str]:
     known = {"kind", "device", "driver", "cores", "threads", "python", "versions", "commit", "kernels"}
     if missing := known - record.get("machine", {}).keys():
         yield f"expected machine to hold {', '.join(sorted(known))}; missing: {', '.join(sorted(missing))}"
@@ -95,8 +118,15 @@ def problems(record: dict[str, Any]) -> Iterator[str]:
     names = [_title(row) for row in rows]
     if not rows or len(set(names)) != len(names):
         yield f"expected rows of different names, got {len(rows)} with {sorted({n for n in names if names.count(n) > 1})} twice"
+    if tests and not isinstance(record.get("tests_finished"), bool):
+        yield f"expected tests_finished to say whether the tests ran to their end, got {record.get('tests_finished')}"
     for row in rows:
         yield from (f"{_title(row)}: {problem}" for one in _timed(row) for problem in _impossible(one))
+        bad = [name for name, rival in row["rivals"].items() if "absent" not in rival and not _positive(rival["speedup"])]
+        if bad:
+            yield f"{_title(row)}: expected a speed-up over {', '.join(bad)}"
+        if row["roofline"] and not (_positive(row["roofline"]["share"]) and _positive(row["roofline"]["rate"])):
+            yield f"{_title(row)}: expected a share of the roofline, got {row['roofline']}"
 
 
 def _title(row: dict[str, Any]) -> str:
@@ -178,33 +208,48 @@ def gpu_table(found: dict[str, dict[str, Any]]) -> str:
 def generated() -> dict[Path, str]:
     """Every generated file and what it has to hold; ValueError for a record that is none."""
     found = records()
-    measured = {name: r for name, r in found.items() if name != "demo"}
-    if bad := [f"bench/results/{name}.json: {problem}" for name, r in measured.items() for problem in problems(r)]:
-        raise ValueError("\n".join(bad))
-    made = {name: tables.summary(r) for name, r in measured.items()} | {"gpu": gpu_table(measured)}
-    made |= {"demo": tables.demo(found["demo"])} if "demo" in found else {}
+    benchmarks = measured(found)
+    made = {name: tables.summary(r) for name, r in benchmarks.items()} | {"gpu": gpu_table(benchmarks)}
+    try:
+        made |= {"demo": tables.demo(found["demo"])} if "demo" in found else {}
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"bench/results/demo.json: expected what make demo writes: {type(error).__name__}: {error}") from error
     readme = ROOT / "README.md"
     return {
-        **{RESULTS / f"{name}.md": tables.page(name, r) for name, r in measured.items()},
-        ROOT / "kernels" / "passed.json": json.dumps(passes(measured), indent=1) + "\n",
+        **{RESULTS / f"{name}.md": tables.page(name, r) for name, r in benchmarks.items()},
+        ROOT / "kernels" / "passed.json": json.dumps(passes(benchmarks), indent=1) + "\n",
         readme: tables.filled(readme.read_text(), made),
     }
 
 
-def main() -> None:
-    found = {name: r for name, r in records().items() if name != "demo"}
+def unexplained(record: dict[str, Any]) -> list[str]:
+    """The rows in which ours is slower than a rival and no note says why it is kept."""
+    return [tables.title(row) for row in record["rows"] if tables.slower(row) and tables.title(row) not in tables.KEPT]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0; 1 where a record is none (nothing is written then) or a row is slower than its rival without a note."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(arguments)
+    try:
+        found, made = measured(records()), generated()
+    except ValueError as error:
+        print(f"bench.record: {error}", file=sys.stderr)
+        return 1
     for op, backend in backends():
         runs_on = {kind for kind, device in (("cpu", "cpu"), ("gpu", "cuda")) if backend in dispatch.AUTOMATIC[device]}
         kinds = sorted(runs_on or {"gpu"})  # other people's packages are never automatic, and are for GPUs
         models = [model for kind in kinds for model in devices(found, kind)]
         states = [f"{model}: {state(op, backend, model, found)}" for model in models] or ["never run on its hardware"]
         print(f"{op:17} {backend:10} {'; '.join(states)}")
-    try:
-        for path, text in generated().items():
-            path.write_text(text)
-    except ValueError as error:
-        sys.exit(f"bench.record: {error}")
+    for path, text in made.items():
+        path.write_text(text)
+    for name, record in found.items():
+        for row in record["rows"]:
+            if rivals := tables.slower(row):
+                why = tables.KEPT.get(tables.title(row), "no note says why it is kept: bench/tables.py, KEPT")
+                print(f"{name}.json: {tables.title(row)} is slower than {', '.join(rivals)}: {why}")
+    return int(any(unexplained(record) for record in found.values()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

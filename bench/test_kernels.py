@@ -38,22 +38,23 @@ def arguments(op: str, case: dict[str, Any]) -> tuple[dict[str, Any], list[Tenso
     return given, [v for v in given.values() if isinstance(v, Tensor) and v.requires_grad]
 
 
-def forward_backward(function: Callable, given: dict[str, Any], leaves: list[Tensor]) -> Callable[[], None]:
-    """A call of the function and of its backward, on upstream gradients that are no special number."""
+def forward_backward(function: Callable, given: dict[str, Any], leaves: list[Tensor]) -> Callable[[], Tensor]:
+    """A call of the function and of its backward, on upstream gradients that are no special number; its first output."""
     upstream: list[Tensor] = []
 
-    def run() -> None:
+    def run() -> Tensor:
         outputs = function(**given)
         outputs = [outputs] if isinstance(outputs, Tensor) else outputs
         if not upstream:
             generator = torch.Generator(DEVICE).manual_seed(1)
             upstream.extend(torch.empty_like(o).normal_(generator=generator) for o in outputs)
         torch.autograd.grad(outputs, leaves, upstream)
+        return outputs[0].detach()
 
     return run
 
 
-def contenders(op: str, given: dict[str, Any], leaves: list[Tensor]) -> dict[str, Callable[[], None] | str]:
+def contenders(op: str, given: dict[str, Any], leaves: list[Tensor]) -> dict[str, Callable[[], Tensor] | str]:
     """Eager PyTorch, other people's kernels and each of our backends on the same arguments, or why one does not run them."""
     spec, ours = kernels.OPS[op].spec, getattr(kernels, op)
 
@@ -68,20 +69,17 @@ def contenders(op: str, given: dict[str, Any], leaves: list[Tensor]) -> dict[str
     for name in (b for b in dispatch.AUTOMATIC[DEVICE] if passed.source_of(op, b).exists()):
         reason = kernels.OPS[op].backend(name)
         found[f"our {name}"] = reason if isinstance(reason, str) else by(name)
-    expected = first(ours(**given))
+    with torch.no_grad():
+        outputs = ours(**given)
+    expected = outputs if isinstance(outputs, Tensor) else outputs[0]
     return {name: call if isinstance(call, str) else tried(call, given, leaves, expected) for name, call in found.items()}
 
 
-def first(outputs: Any) -> Tensor:
-    return (outputs if isinstance(outputs, Tensor) else outputs[0]).detach()
-
-
-def tried(function: Callable, given: dict[str, Any], leaves: list[Tensor], expected: Tensor) -> Callable[[], None] | str:
+def tried(function: Callable, given: dict[str, Any], leaves: list[Tensor], expected: Tensor) -> Callable[[], Tensor] | str:
     """Forward and backward by it, once it has been seen to compute the same; a str, the reason, where it refuses."""
     run = forward_backward(function, given, leaves)
     try:
-        got = first(function(**given))
-        run()
+        got = run()
     except Exception as error:  # noqa: BLE001 - whatever a rival raises is the reason
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     tolerance = 1e-4 if DEVICE == "cpu" else 2e-2

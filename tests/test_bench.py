@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +55,31 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
     for call, expected in ((lambda: None, 0), (two_after_one_another, size), (lambda: torch.ones(size // 4).exp(), 2 * size)):
         call()
         assert measure.peak_memory(call) == pytest.approx(expected, abs=2 << 20)
+
+
+@pytest.mark.skipif(measure.DEVICE == "cuda", reason="the CPU's way to measure")
+def test_peak_memory_does_not_depend_on_gaps_in_the_heap() -> None:
+    """Gaps that just hold a block: the leftovers of the first block of a call are in use, so that the second takes another."""
+    libc = ctypes.CDLL(None)
+    if measure.memory_lacks() or not hasattr(libc, "mallinfo2"):
+        pytest.skip("no glibc of Linux")
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    size = 24 << 20
+
+    def two_after_one_another() -> None:
+        for _ in range(2):
+            torch.full((size,), 1, dtype=torch.uint8)
+
+    two_after_one_another()
+    measure.peak_memory(two_after_one_another)  # blocks of less than 32 MB come from the heap from here on
+    for seed in range(8):
+        rng = random.Random(seed)
+        blocks = [libc.malloc(size + 16 * rng.randint(0, 200)) for _ in range(9)]
+        for block in blocks[::2]:
+            libc.free(block)
+        assert measure.peak_memory(two_after_one_another) == pytest.approx(size, abs=2 << 20)
+        for block in blocks[1::2]:
+            libc.free(block)
 
 
 def test_a_machine_without_clear_refs_has_no_figure_but_a_reason(monkeypatch, tmp_path: Path) -> None:
@@ -199,6 +226,26 @@ def test_charts_are_written_and_labelled(tmp_path: Path, monkeypatch) -> None:
     assert machine()["device"] in about and torch.__version__ in about
     assert [path.name for path in plot.charts(record(row()), tmp_path)] == []
     assert plot.main([str(tmp_path / "absent.json"), str(tmp_path)]) == 2
+
+
+def test_every_op_has_a_mark_of_its_own_under_the_roofline(tmp_path: Path, monkeypatch) -> None:
+    shown: list[tuple[str, str]] = []
+    monkeypatch.setattr(plot, "finish", lambda figure, made, path: shown.extend(
+        (line.get_marker(), line.get_color()) for line in figure.axes[0].lines if line.get_marker() != "None"
+    ))  # fmt: skip
+    floor = measure.achieved((10**9, 10**7), 0.01, dict(bytes_per_s=5e10, flops_per_s=2e11))
+    plot.roofline(record(*(row(name=str(i), op=f"op {i}", roofline=floor) for i in range(11))), tmp_path / "r.png")
+    assert len(shown) == len(set(shown)) == 11
+
+
+def test_a_rival_has_one_colour_in_every_row(tmp_path: Path, monkeypatch) -> None:
+    bars: list[Any] = []
+    monkeypatch.setattr(plot, "finish", lambda figure, made, path: bars.extend(figure.axes[0].patches))
+    rows = [row("towers", "a", rivals={"x": 20.0, "our loaded": 11.0, "y": 30.0}, items_per_s=5.0)]
+    rows.append(row("towers", "b", rivals={"y": 30.0}, items_per_s=5.0))
+    plot.bars(record(*rows), ("towers",), "Towers", tmp_path / "b.png")
+    ours, x, loaded, y, _, also_y = (bar.get_facecolor() for bar in bars)
+    assert y == also_y and len({ours, x, loaded, y}) == 4
 
 
 def test_tables_hold_every_row() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from time import perf_counter
 from types import SimpleNamespace
 
 import pytest
@@ -117,6 +118,21 @@ def test_what_time_cuts_off_is_said_and_not_kept(monkeypatch, cache: Path) -> No
     rows = {row.backend: row for row in check.check("cpu")}
     assert (rows["torch"].cases, rows["torch"].left) == (1, 8) and "1 cases, no time for 8" in check.line(rows["torch"], False)
     assert not cache.exists() or json.loads(cache.read_text()) == {}
+
+
+def test_backends_that_are_not_there_take_no_share_of_the_time(monkeypatch) -> None:
+    few(monkeypatch)
+    monkeypatch.setattr(dispatch, "BACKENDS", ("torch", "cpu", "triton"))
+    monkeypatch.setattr(LAYER_NORM, "backend", lambda name: SPEC if name == "torch" else "gone")
+    times = []
+
+    def checked(op: str, backend: str, device: str, until: float) -> check.Result:
+        times.append(until - perf_counter())
+        return check.Result(op, backend, "passed")
+
+    monkeypatch.setattr(check, "_checked", checked)
+    assert [row.state for row in check.check("cpu")] == ["passed", "absent", "absent"]
+    assert times == [pytest.approx(check.SECONDS, abs=1)]
 
 
 def test_colour_is_for_terminals_that_want_it(monkeypatch, capsys) -> None:

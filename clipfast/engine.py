@@ -168,6 +168,12 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     return [Batch(*part) for part in zip(*fields, strict=True)]  # type: ignore[arg-type]
 
 
+def rows(gradient: Tensor) -> Tensor:
+    """What has the gradient's norm: of a large one on a CPU those of its rows, as torch takes a whole one's in one thread."""
+    large = gradient.is_cpu and gradient.ndim == 2 and gradient.numel() > 1 << 20
+    return torch.linalg.vector_norm(gradient, dim=-1) if large else gradient
+
+
 class Average:
     """The exponential moving average of the weights, this rank's parts of them under FSDP; it starts at the first update."""
 
@@ -232,7 +238,9 @@ class Engine:
         self.job.mean([p.grad for p in self.scalars if p.grad is not None])
         self.job.mean(self.statistics)
         self.scaler.unscale_(self.optimizer)
-        gradients = alike([p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None])
+        gradients = alike(
+            [rows(p.grad) for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        )
         norms = torch.stack([full(get_total_norm(some)) for some in gradients])
         norm = norms.norm() if len(norms) > 1 else norms[0]
         # With fp16 a gradient that overflows is the scaler's to skip, and no fault.

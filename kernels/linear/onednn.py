@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.kernels import dispatch
@@ -77,22 +78,31 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 
+def _stepped(x: Tensor) -> Tensor:
+    """Packed tokens [T, C] with rows of zeros up to the next multiple of 64.
+
+    oneDNN compiles a product for each new shape, 0.3 ms, where 930 × 128 × 128 takes 0.1, and the T of a batch is seldom seen
+    twice. Below 256 rows the shapes are few and soon all there.
+    """
+    return F.pad(x, (0, 0, 0, -len(x) % 64)) if x.ndim == 2 and len(x) > 256 else x
+
+
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.numel() == 0:
         return x.new_empty((*x.shape[:-1], len(weight))) if weight.is_mkldnn else spec.forward(x, weight, bias)
-    return _product(x, weight, bias)
+    return _product(_stepped(x), weight, bias)[: len(x)]
 
 
 def backward(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (given the weight), of the weight (given x) and of the bias; empty where not asked for."""
     if dy.numel() == 0:
         return spec.backward(dy, x, weight, bias)
-    rows = dy.flatten(0, -2)
+    rows = _stepped(dy).flatten(0, -2)
     dx = dweight = dy.new_empty(0)
     if weight is not None:
-        dx = _product(rows, weight.T).view(*dy.shape[:-1], weight.shape[1])
+        dx = _product(rows, weight.T)[: dy.numel() // dy.shape[-1]].view(*dy.shape[:-1], weight.shape[1])
     if x is not None:
-        tokens = x.flatten(0, -2)
+        tokens = _stepped(x).flatten(0, -2)
         # The left operand is copied into rows: the narrower one stands there.
         narrow = rows.shape[1] <= tokens.shape[1]
         dweight = _product(rows.T, tokens.T) if narrow else _product(tokens.T, rows.T).T.contiguous()

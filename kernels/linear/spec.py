@@ -15,6 +15,7 @@ CASES: dict[str, dict[str, Any]] = {
     "narrower": dict(rows=(77,), C=256, out=64),
     "one row": dict(rows=(1,), C=64, out=64),
     "prime": dict(rows=(7, 13), C=37, out=101),
+    "packed tokens": dict(rows=(301,), C=64, out=128),
     "no bias": dict(rows=(17,), C=64, out=128, bias=False),
     "one column": dict(rows=(9,), C=5, out=1),
     "no rows": dict(rows=(0,), C=64, out=32),

@@ -29,7 +29,7 @@ from demo import __main__ as demo
 from demo import emoji
 
 STEPS = 200  # of the loss curves, with --full
-TURN = 2  # steps of each contender at a time
+TURN = 10  # steps of each contender at a time, as a run has them one after the other
 
 
 def in_memory(config: TrainConfig, number: int) -> list[Batch]:
@@ -71,9 +71,9 @@ def our_loop(config: TrainConfig, model: CLIP, batches: Iterator[Batch]) -> Iter
 
 
 def test_emoji_run(compare, full: bool) -> None:
-    """Two steps at a time of both, from the same weights on the same batches. The loss curves must agree: of the steps that
+    """``TURN`` steps at a time of both, from the same weights on the same batches. The loss curves must agree: of the steps that
     are timed, and with --full of 200."""
-    rounds = 7
+    rounds = 5
     # As many calls as `compare` makes: a warm-up, the rounds (with --full three times as many) and one for the memory.
     calls = 2 + rounds * (3 if full else 1)
     config = replace(demo.recipe("", 300), max_seconds=0.0, steps=STEPS)

@@ -380,7 +380,9 @@ class CLIP(nn.Module):
 
     def _embed_text(self, packed: Packed) -> tuple[Tensor, Layout]:
         """Packed token states [T, C] and their layout."""
-        s = self.token_embedding(packed.ids).to(self.dtype) + self.positional_embedding.to(self.dtype)[packed.position]
+        # Not by index: the backward pass of that adds up rows in one thread, 0.4 ms for 930 tokens.
+        places = F.embedding(packed.position, self.positional_embedding.to(self.dtype))
+        s = self.token_embedding(packed.ids).to(self.dtype) + places
         # A compiled tower is not compiled again for a longer text.
         longest = self.context_length if torch.compiler.is_compiling() else packed.max_length
         return s, Layout(packed.cu_seqlens[1:] - 1, True, packed.cu_seqlens, longest)

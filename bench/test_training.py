@@ -71,7 +71,7 @@ def our_loop(config: TrainConfig, model: CLIP, batches: Iterator[Batch]) -> Iter
 
 
 def test_emoji_run(compare, full: bool) -> None:
-    """``TURN`` steps at a time of both, from the same weights on the same batches. The loss curves must agree: of the steps that
+    """``TURN`` steps of each in turn, from the same weights on the same batches. The loss curves must agree: of the steps that
     are timed, and with --full of 200."""
     rounds = 5
     # As many calls as `compare` makes: a warm-up, the rounds (with --full three times as many) and one for the memory.

@@ -168,7 +168,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     return [Batch(*part) for part in zip(*fields, strict=True)]  # type: ignore[arg-type]
 
 
-def rows(gradient: Tensor) -> Tensor:
+def row_norms(gradient: Tensor) -> Tensor:
     """What has the gradient's norm: of a large one on a CPU those of its rows, as torch takes a whole one's in one thread."""
     large = gradient.is_cpu and gradient.ndim == 2 and gradient.numel() > 1 << 20
     return torch.linalg.vector_norm(gradient, dim=-1) if large else gradient
@@ -239,7 +239,7 @@ class Engine:
         self.job.mean(self.statistics)
         self.scaler.unscale_(self.optimizer)
         gradients = alike(
-            [rows(p.grad) for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            [row_norms(p.grad) for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         )
         norms = torch.stack([full(get_total_norm(some)) for some in gradients])
         norm = norms.norm() if len(norms) > 1 else norms[0]
@@ -321,9 +321,8 @@ def prepare(model: CLIP, config: TrainConfig) -> list[nn.Module]:
         if not vit:
             raise ValueError("expected a ViT for patch_dropout, got a ResNet; leave it out")
         visual.transformer.register_forward_pre_hook(drop_patches(config.patch_dropout))
+    model.set_grad_checkpointing(config.gradient_checkpointing)
     transformers = [model.transformer, *([visual.transformer] if vit else [])]
-    for transformer in transformers:
-        transformer.checkpointing = config.gradient_checkpointing
     blocks = [block for transformer in transformers for block in transformer.resblocks]
     if config.compile:
         # A block's one function has 24 variants: in either tower the first, middle and last block, with a graph and without,

@@ -9,8 +9,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipfast.kernels.contrastive import OP as CONTRASTIVE
 from clipfast.kernels.contrastive import check_features, check_scalar, inner, scaled, wide
 from clipfast.kernels.op import first_derivative
+from clipfast.kernels.pairwise_sigmoid import OP as PAIRWISE_SIGMOID
 from clipfast.ranks import ALONE, Ranks, Returned
 
 
@@ -129,11 +131,11 @@ class _Clip(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, scale, labels, ranks):
         N, arriving, others = ranks.total(image), ranks.gathered(text), []
-        row_max, row_sum, col_max, col_sum, diagonal = torch.ops.clipfast.contrastive(image, text, scale, 0)
+        row_max, row_sum, col_max, col_sum, diagonal = CONTRASTIVE(image, text, scale, 0)
         everyone, excess = _labelled(text, labels, ranks)
         col_max, col_sum = ranks.spread(col_max, -torch.inf), ranks.spread(col_sum, 0.0)
         for part, block in arriving:
-            block_max, block_sum, other_max, other_sum, _ = torch.ops.clipfast.contrastive(image, block, scale, len(block))
+            block_max, block_sum, other_max, other_sum, _ = CONTRASTIVE(image, block, scale, len(block))
             top = torch.maximum(row_max, block_max)
             row_sum = row_sum * torch.exp(row_max - top) + block_sum * torch.exp(block_max - top)
             row_max = top
@@ -174,7 +176,7 @@ class _Clip(torch.autograd.Function):
         row_grad, col_grad, diagonal_grad = unit.expand(len(image)), unit.expand(ctx.N), on_diagonal * unit
 
         def gradients(block: Tensor, lse: Tensor, theirs: Tensor | None, own: bool) -> tuple[Tensor, Tensor]:
-            of_image, of_text = torch.ops.clipfast.contrastive_backward(
+            of_image, of_text = CONTRASTIVE.backward(
                 image, block, scale, 0 if own else len(block), row_lse, lse, row_grad, col_grad[: len(block)], diagonal_grad,
                 want_image, needs_text,
             )  # fmt: skip
@@ -223,7 +225,7 @@ class _SigLip(torch.autograd.Function):
 
         def sweep(block: Tensor, theirs: Tensor | None, own: bool) -> list[Tensor]:
             offset = 0 if own else len(block)
-            parts = torch.ops.clipfast.pairwise_sigmoid(image, block, scale, bias, offset, want_image, want_text)
+            parts = PAIRWISE_SIGMOID(image, block, scale, bias, offset, want_image, want_text)
             if theirs is not None and want_text:
                 sums = _sums(image, labels, theirs)
                 parts[3].sub_(sums - image if own else sums)

@@ -12,7 +12,9 @@ The ops:
 
     attention         softmax(QKᵀ/√K)·V from one packed QKV projection; dense, causal, packed lengths
     batch_norm        batch norm in training, with residual addition and ReLU
+    bmm               a batch of products of matrices, where the vendor's is slow
     contrastive       both log-sum-exps of CLIP's similarity matrix and their gradients, the matrix never formed
+    convolution       3 × 3 and 1 × 1, of few channels
     layer_norm        layer norm, with the residual addition before it in the same pass
     linear            x·Wᵀ + b by the faster of the machine's two libraries
     mlp               Linear, QuickGELU or GELU, Linear; the activation in one pass with the bias
@@ -29,7 +31,9 @@ if __name__ == "kernels":
 from clipfast.kernels import dispatch
 from clipfast.kernels.attention import attention
 from clipfast.kernels.batch_norm import batch_norm
+from clipfast.kernels.bmm import bmm
 from clipfast.kernels.contrastive import contrastive
+from clipfast.kernels.convolution import convolution
 from clipfast.kernels.dispatch import use
 from clipfast.kernels.layer_norm import layer_norm
 from clipfast.kernels.linear import linear
@@ -39,6 +43,6 @@ from clipfast.kernels.pairwise_sigmoid import pairwise_sigmoid
 from clipfast.kernels.pooling import pooling
 
 __all__ = [
-    "OPS", "attention", "batch_norm", "contrastive", "dispatch", "layer_norm", "linear", "mlp", "pairwise_sigmoid", "pooling",
-    "use",
+    "OPS", "attention", "batch_norm", "bmm", "contrastive", "convolution", "dispatch", "layer_norm", "linear", "mlp",
+    "pairwise_sigmoid", "pooling", "use",
 ]  # fmt: skip

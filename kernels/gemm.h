@@ -97,35 +97,34 @@ CLIPFAST_CLONES static void turned_product(
     product_of<8, true>(A, kPanel * kPanel, B, C, ldc, rows, columns, depth, add, 1.0f);
 }
 
-// x[rows, D] into panels `next` floats apart, the last filled up with zeros.
-CLIPFAST_CLONES static void pack(const float* x, int64_t rows, int64_t D, float* to, int64_t next) {
-  for (int64_t d = 0; d < D; d += kPanel, to += next)
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* from = x + r * D + d;
-      float* row = to + r * kPanel;
+// x[rows, D], its rows `ld` floats apart, into panels `next` floats apart, the last filled up with zeros.
+CLIPFAST_CLONES static void pack(const float* x, int64_t ld, int64_t rows, int64_t D, float* to, int64_t next) {
+  for (int64_t r = 0; r < rows; ++r, x += ld)
+    for (int64_t d = 0; d < D; d += kPanel) {
+      float* row = to + d / kPanel * next + r * kPanel;
       if (D - d >= kPanel) {
-        for (int64_t l = 0; l < kPanel; ++l) row[l] = from[l];
+        for (int64_t l = 0; l < kPanel; ++l) row[l] = x[d + l];
       } else {
-        std::fill(std::copy_n(from, D - d, row), row + kPanel, 0.0f);
+        std::fill(std::copy_n(x + d, D - d, row), row + kPanel, 0.0f);
       }
     }
 }
 
-// xᵀ of x[rows, D], rows ≤ 48, as one panel [D][48], filled up with zeros.
-CLIPFAST_CLONES static void pack_turned(const float* x, int64_t rows, int64_t D, float* to) {
+// xᵀ of x[rows, D], rows ≤ 48 and `ld` floats apart, as one panel [D][48], filled up with zeros.
+CLIPFAST_CLONES static void pack_turned(const float* x, int64_t ld, int64_t rows, int64_t D, float* to) {
   static constexpr float zeros[8] = {};
   for (int64_t i = 0; i < kPanel; i += 8) {
     int64_t d = 0;
     for (; d + 8 <= D; d += 8) {
       Vector<8>::Floats r[8];
 #pragma GCC unroll 8
-      for (int64_t l = 0; l < 8; ++l) r[l] = at<8>(i + l < rows ? x + (i + l) * D + d : zeros);
+      for (int64_t l = 0; l < 8; ++l) r[l] = at<8>(i + l < rows ? x + (i + l) * ld + d : zeros);
       turn(r);
 #pragma GCC unroll 8
       for (int64_t l = 0; l < 8; ++l) at<8>(to + (d + l) * kPanel + i) = r[l];
     }
     for (; d < D; ++d)
-      for (int64_t l = i; l < i + 8; ++l) to[d * kPanel + l] = l < rows ? x[l * D + d] : 0.0f;
+      for (int64_t l = i; l < i + 8; ++l) to[d * kPanel + l] = l < rows ? x[l * ld + d] : 0.0f;
   }
 }
 
@@ -142,14 +141,11 @@ struct Cell {
   bool holds(int64_t column) const { return column >= j && column < j + columns; }
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Equal blocks of at most `most`, in multiples of `unit`.
 inline int64_t share(int64_t count, int64_t most, int64_t unit) {
   return ceil_div(ceil_div(count, ceil_div(count, most)), unit) * unit;
 }
 
-inline const float* floats(const Tensor& t) { return static_cast<const float*>(t.data_ptr()); }
-inline float* mutable_floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 inline Tensor in_fp32(const Tensor& x) { return contiguous(to(x, torch::headeronly::ScalarType::Float)); }
 
 template <class F>
@@ -179,14 +175,14 @@ void sweep(
     const int64_t rows = std::min(R, n - i), chunks = ceil_div(rows, kChunk);
     each(chunks, [&](int64_t t) {
       const int64_t r = t * kChunk;
-      pack(image + (i + r) * D, std::min(kChunk, rows - r), D, I + r * kPanel, row_panel);
+      pack(image + (i + r) * D, D, std::min(kChunk, rows - r), D, I + r * kPanel, row_panel);
     });
     for (int64_t j = 0; j < N; j += C) {
       const int64_t columns = std::min(C, N - j), panels = ceil_div(columns, kPanel);
       each(panels, [&](int64_t p) {
         const int64_t c = p * kPanel, count = std::min(kPanel, columns - c);
-        pack_turned(text + (j + c) * D, count, D, columns_of_text + c * D);
-        if (image_grad) pack(text + (j + c) * D, count, D, T + c * kPanel, column_panel);
+        pack_turned(text + (j + c) * D, D, count, D, columns_of_text + c * D);
+        if (image_grad) pack(text + (j + c) * D, D, count, D, T + c * kPanel, column_panel);
       });
       each(chunks, [&](int64_t t) {
         const int64_t r = t * kChunk, height = std::min(kChunk, rows - r);

@@ -22,6 +22,10 @@ namespace clipfast {
 
 using torch::stable::Tensor;
 
+inline const float* floats(const Tensor& t) { return static_cast<const float*>(t.data_ptr()); }
+inline float* mutable_floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // w floats anywhere in memory, one register: what is wider than a register the compiler puts on the stack (ten times slower).
 template <int w>
 struct Vector;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,10 +36,10 @@ class Calls(TorchDispatchMode):
 
 
 def public(op: str):
-    """The op's function, which calls its operator: linear and layer norm take torch's own function where that is faster."""
+    """The op's function, which calls its operator: some take torch's own function where that is faster."""
 
     def run(**given):
-        with dispatch.use("torch") if op in ("linear", "layer_norm") else contextlib.nullcontext():
+        with dispatch.use("torch") if op in ("bmm", "convolution", "linear", "layer_norm") else contextlib.nullcontext():
             return getattr(kernels, op)(**given)
 
     return run
@@ -63,6 +64,7 @@ def test_opcheck(op: str, case: str) -> None:
 
 @pytest.mark.parametrize("op", kernels.OPS)
 def test_compiles_to_one_graph(op: str) -> None:
+    torch.compiler.reset()  # `run` is one function for all ops, of which it compiles no more than eight
     case = next(iter(kernels.OPS[op].spec.CASES))
     given = arguments(op, case, torch.float32, "cpu")
     function = public(op)
@@ -71,7 +73,7 @@ def test_compiles_to_one_graph(op: str) -> None:
     got = tensors(torch.compile(function, fullgraph=True, backend="aot_eager")(**given))
     upstream = [torch.randn_like(o) for o in expected]
     for a, b in zip(got, expected, strict=True):
-        if op == "layer_norm":  # torch's own, which the compiler takes apart
+        if op in ("layer_norm", "bmm"):  # torch's own, which the compiler takes apart; a graph runs in the automatic backend
             torch.testing.assert_close(a, b)
         else:
             assert torch.equal(a, b)
@@ -182,10 +184,10 @@ def test_layer_norm_of_which_only_the_sum_is_used() -> None:
 
 def test_every_op_has_its_backends() -> None:
     """Rows of test_kernels skip a backend that is absent; here it shows when one is."""
-    assert set(kernels.OPS) == {"attention", "batch_norm", "contrastive", "layer_norm", "linear", "mlp", "pairwise_sigmoid",
-                                "pooling"}  # fmt: skip
+    assert set(kernels.OPS) == {"attention", "batch_norm", "bmm", "contrastive", "convolution", "layer_norm", "linear", "mlp",
+                                "pairwise_sigmoid", "pooling"}  # fmt: skip
     for name, op in kernels.OPS.items():
-        triton = ["triton"] if name not in ("batch_norm", "linear") else []  # on a GPU the vendor's run
+        triton = ["triton"] if name not in ("batch_norm", "bmm", "convolution", "linear") else []  # on a GPU the vendor's run
         for backend in (
             "torch",
             *triton,
@@ -194,6 +196,17 @@ def test_every_op_has_its_backends() -> None:
         ):
             assert not isinstance(op.backend(backend), str), f"{name}: {backend}: {op.backend(backend)}"
     assert {name for name, op in kernels.OPS.items() if "cpu" not in op.compiled} == {"linear"}
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes"),
+    [("bmm", [(2, 3, 4), (2, 5, 3)]), ("bmm", [(2, 3, 4), (1, 4, 3)]), ("bmm", [(3, 4), (4, 3)]),
+     ("convolution", [(2, 8, 6, 6), (8, 3, 3, 3)]), ("convolution", [(2, 8, 6, 6), (8, 8, 5, 5)]),
+     ("convolution", [(8, 6, 6), (8, 8, 3, 3)])],
+)  # fmt: skip
+def test_shapes_that_do_not_fit_are_refused(op: str, shapes: list[tuple[int, ...]]) -> None:
+    with pytest.raises(ValueError, match=f"{op}: expected .*, got {re.escape(str(shapes[0]))} and {re.escape(str(shapes[1]))}"):
+        getattr(kernels, op)(*(torch.randn(shape) for shape in shapes))
 
 
 def test_forced_backend_runs_or_says_why_not() -> None:

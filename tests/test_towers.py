@@ -164,6 +164,26 @@ def test_folded_batch_norm_gives_the_same_features() -> None:
     assert not small("vit").for_inference().training
 
 
+def test_a_convolution_that_a_user_put_in_its_place_runs_itself() -> None:
+    class Twice(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model, (image, _) = small("resnet").eval(), small_batch("resnet")
+    places = [(module, f"conv{i}") for module in model.visual.modules() if hasattr(module, "bn3") for i in (1, 2, 3)]
+    with torch.no_grad():
+        for home, name in places:
+            plain = model.encode_image(image)
+            old = getattr(home, name)
+            put = Twice(old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=False)
+            put.weight = nn.Parameter(old.weight / 2)
+            setattr(home, name, put)
+            assert relative(model.encode_image(image), plain) < 1e-6
+            put.weight.mul_(2)
+            assert relative(model.encode_image(image), plain) > 1e-4
+            put.weight.div_(2)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_weights_give_the_same_features(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := onednn._absent():

@@ -253,7 +253,7 @@ struct Layout {
   int64_t length(int64_t b) const { return ends ? ends[b + 1] - ends[b] : L; }
   // The first row of sequence b in x [B, L, ·] or [T, ·]; rows are x.stride(-2) apart.
   const float* rows(const Tensor& x, int64_t b) const {
-    return static_cast<const float*>(x.data_ptr()) + (ends ? ends[b] * x.stride(0) : b * x.stride(0));
+    return floats(x) + (ends ? ends[b] * x.stride(0) : b * x.stride(0));
   }
 };
 
@@ -277,7 +277,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& qkv_, const std::optional<Tenso
   const Layout layout(qkv, cu_seqlens, heads);
   const int64_t C = layout.C, K = layout.K, T = layout.T, stride = qkv.stride(qkv.dim() - 2);
   Tensor out = cu_seqlens ? new_empty(qkv, {T, C}) : new_empty(qkv, {layout.B, layout.L, C}), lse = new_empty(qkv, {heads, T});
-  auto *outp = static_cast<float*>(out.data_ptr()), *lsep = static_cast<float*>(lse.data_ptr());
+  auto *outp = mutable_floats(out), *lsep = mutable_floats(lse);
   each_head(layout, forward_scratch(layout.L, K), [&](int64_t b, int64_t h, float* scratch) {
     const Sequence s{layout.length(b), K, causal, 1.0f / std::sqrt(static_cast<float>(K))};
     const float* q = layout.rows(qkv, b) + h * K;
@@ -294,8 +294,8 @@ Tensor backward(
   const Layout layout(qkv, cu_seqlens, heads);
   const int64_t C = layout.C, K = layout.K, T = layout.T, stride = qkv.stride(qkv.dim() - 2), ldo = dout.stride(dout.dim() - 2);
   Tensor dqkv = new_empty(qkv, qkv.sizes());
-  auto* dp = static_cast<float*>(dqkv.data_ptr());
-  const auto* lsep = static_cast<const float*>(lse.data_ptr());
+  auto* dp = mutable_floats(dqkv);
+  const auto* lsep = floats(lse);
   each_head(layout, backward_scratch(layout.L, K), [&](int64_t b, int64_t h, float* scratch) {
     const Sequence s{layout.length(b), K, causal, 1.0f / std::sqrt(static_cast<float>(K))};
     const float* q = layout.rows(qkv, b) + h * K;

@@ -64,21 +64,24 @@ CLIPFAST_INLINE float masked(float dy, float y) {
   return !kRelu || y > 0.0f ? dy : 0.0f;
 }
 
+// Runs the statements for the gradient g of every place i + p.
+#define CLIPFAST_EACH_GRADIENT(kRelu, statements)                                                                           \
+  for (int64_t i = 0; i < count; i += P) {                                                                                  \
+    const int64_t n = std::min(P, count - i);                                                                               \
+    fetch(dy + i + kAhead, n), fetch(x + i + kAhead, n);                                                                    \
+    if (kRelu) fetch(y + i + kAhead, n);                                                                                    \
+    _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {                                                                   \
+      const float g = masked<kRelu>(dy[i + p], y[i + p]);                                                                   \
+      statements                                                                                                            \
+    }                                                                                                                       \
+  }
+
 // Σ g and Σ g·(x - mean) per place of the pattern.
 #define CLIPFAST_GRADIENT_SUMS(name, kRelu)                                                                                 \
   CLIPFAST_CLONES void name(                                                                                                \
       const float* dy, const float* x, const float* y, const float* mean, float* sum, float* product, int64_t count,        \
       int64_t P) {                                                                                                          \
-    for (int64_t i = 0; i < count; i += P) {                                                                                \
-      const int64_t n = std::min(P, count - i);                                                                             \
-      fetch(dy + i + kAhead, n), fetch(x + i + kAhead, n);                                                                  \
-      if (kRelu) fetch(y + i + kAhead, n);                                                                                  \
-      _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {                                                                 \
-        const float g = masked<kRelu>(dy[i + p], y[i + p]);                                                                 \
-        sum[p] += g;                                                                                                        \
-        product[p] += g * (x[i + p] - mean[p]);                                                                             \
-      }                                                                                                                     \
-    }                                                                                                                       \
+    CLIPFAST_EACH_GRADIENT(kRelu, sum[p] += g; product[p] += g * (x[i + p] - mean[p]);)                                     \
   }
 CLIPFAST_GRADIENT_SUMS(gradient_sums, false)
 CLIPFAST_GRADIENT_SUMS(gradient_sums_relu, true)
@@ -88,16 +91,8 @@ CLIPFAST_GRADIENT_SUMS(gradient_sums_relu, true)
   CLIPFAST_CLONES void name(                                                                                                \
       const float* dy, const float* x, const float* y, const float* mean, const float* a, const float* b, const float* c,   \
       float* dx, float* dresidual, int64_t count, int64_t P) {                                                              \
-    for (int64_t i = 0; i < count; i += P) {                                                                                \
-      const int64_t n = std::min(P, count - i);                                                                             \
-      fetch(dy + i + kAhead, n), fetch(x + i + kAhead, n);                                                                  \
-      if (kRelu) fetch(y + i + kAhead, n);                                                                                  \
-      _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {                                                                 \
-        const float g = masked<kRelu>(dy[i + p], y[i + p]);                                                                 \
-        if (kResidual) dresidual[i + p] = g;                                                                                \
-        dx[i + p] = a[p] * g + b[p] * (x[i + p] - mean[p]) + c[p];                                                          \
-      }                                                                                                                     \
-    }                                                                                                                       \
+    CLIPFAST_EACH_GRADIENT(kRelu, if (kResidual) dresidual[i + p] = g;                                                      \
+                           dx[i + p] = a[p] * g + b[p] * (x[i + p] - mean[p]) + c[p];)                                      \
   }
 CLIPFAST_INPUT_GRADIENT(input_gradient, false, false)
 CLIPFAST_INPUT_GRADIENT(input_gradient_relu, false, true)
@@ -155,9 +150,6 @@ void each_block_back(const Pattern& pattern, const F& f) {
     for (int64_t b = end; b-- > begin;) f(b);
   });
 }
-
-const float* floats(const Tensor& t) { return static_cast<const float*>(t.data_ptr()); }
-float* mutable_floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
 std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight_, const Tensor& bias_, double eps, bool relu) {

@@ -75,9 +75,6 @@ CLIPFAST_CLONES void backward_rows(
   }
 }
 
-const float* floats(const Tensor& t) { return static_cast<const float*>(t.data_ptr()); }
-float* mutable_floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x_, const std::optional<Tensor>& residual_, const Tensor& weight_, const Tensor& bias_, double eps) {
   const Tensor x = contiguous(x_), weight = contiguous(weight_), bias = contiguous(bias_);

@@ -38,8 +38,8 @@ Tensor forward(const Tensor& h_, const Tensor& bias_, bool) {
   const Tensor h = contiguous(h_), bias = contiguous(bias_);
   Tensor y = new_empty(h, h.sizes());
   const int64_t F = bias.numel(), rows = F ? h.numel() / F : 0;
-  const auto *hp = static_cast<const float*>(h.data_ptr()), *bp = static_cast<const float*>(bias.data_ptr());
-  auto* yp = static_cast<float*>(y.data_ptr());
+  const auto *hp = floats(h), *bp = floats(bias);
+  auto* yp = mutable_floats(y);
   torch::stable::parallel_for(0, rows, kRows, [&](int64_t begin, int64_t end) {
     forward_rows(hp + begin * F, bp, yp + begin * F, end - begin, F);
   });
@@ -50,9 +50,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_, const Tensor& h_, const T
   const Tensor dy = contiguous(dy_), h = contiguous(h_), bias = contiguous(bias_);
   Tensor dh = new_empty(h, h.sizes()), dbias = new_empty(bias, bias.sizes());
   const int64_t F = bias.numel(), rows = F ? h.numel() / F : 0, groups = (rows + kRows - 1) / kRows;
-  const auto *dyp = static_cast<const float*>(dy.data_ptr()), *hp = static_cast<const float*>(h.data_ptr()),
-             *bp = static_cast<const float*>(bias.data_ptr());
-  auto *dhp = static_cast<float*>(dh.data_ptr()), *dbp = static_cast<float*>(dbias.data_ptr());
+  const auto *dyp = floats(dy), *hp = floats(h),
+             *bp = floats(bias);
+  auto *dhp = mutable_floats(dh), *dbp = mutable_floats(dbias);
   // One partial bias gradient per group of rows, added in order: the same bits whatever the number of threads.
   std::vector<float> partial(groups * F, 0.0f);
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {

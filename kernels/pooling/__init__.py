@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clipfast.kernels.bmm import bmm
 from clipfast.kernels.linear import linear
 from clipfast.kernels.op import Op, transformable
 
@@ -56,10 +57,11 @@ def pooling(
     K = C // heads
     q = linear(query, q_weight, q_bias) * K**-0.5
     # u leaves this product head by head, [H, B, C] in memory; the op reads it by its strides.
-    u = torch.bmm(q.unflatten(1, (heads, K)).transpose(0, 1), k_weight.unflatten(0, (heads, K))).transpose(0, 1)
+    u = bmm(q.unflatten(1, (heads, K)).transpose(0, 1), k_weight.unflatten(0, (heads, K))).transpose(0, 1)
     y, _ = OP(x, u.to(x.dtype), cu_seqlens, longest)
     values = v_weight.unflatten(0, (heads, K)).transpose(1, 2)
-    return torch.baddbmm(v_bias.view(heads, 1, K), y.transpose(0, 1), values).transpose(0, 1).flatten(1)
+    out = bmm(y.transpose(0, 1), values).transpose(0, 1).flatten(1)
+    return out + v_bias.to(out.dtype)
 
 
 def _check(x: Tensor, query: Tensor, heads: int, cu_seqlens: Tensor | None, **parameters: Tensor) -> None:

@@ -178,10 +178,10 @@ struct Layout {
 
   int64_t length(int64_t b) const { return ends[b + 1] - ends[b]; }
   Rows tokens(const Tensor& x, int64_t b) const {
-    const auto* p = static_cast<const float*>(x.data_ptr());
+    const auto* p = floats(x);
     return packed ? Rows{p + ends[b] * x.stride(0), x.stride(0)} : Rows{p + b * x.stride(0), x.stride(1)};
   }
-  Rows heads(const Tensor& u, int64_t b) const { return {static_cast<const float*>(u.data_ptr()) + b * u.stride(0), u.stride(1)}; }
+  Rows heads(const Tensor& u, int64_t b) const { return {floats(u) + b * u.stride(0), u.stride(1)}; }
 
   // task(b, scratch) for every sequence, with `arrays` of [H, longest] floats of its own.
   template <typename Task>
@@ -202,7 +202,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const Tensor& u_, const std
   const Layout layout(x, u, cu_seqlens);
   const int64_t H = layout.H, C = layout.C;
   Tensor y = new_empty(u, u.sizes()), lse = new_empty(u, {layout.B, H});
-  auto *yp = static_cast<float*>(y.data_ptr()), *lsep = static_cast<float*>(lse.data_ptr());
+  auto *yp = mutable_floats(y), *lsep = mutable_floats(lse);
   layout.each(1, [&](int64_t b, float* S) {
     const int64_t L = layout.length(b);
     const Rows tokens = layout.tokens(x, b);
@@ -222,8 +222,8 @@ std::tuple<Tensor, Tensor> backward(
   const Layout layout(x, u, cu_seqlens);
   const int64_t H = layout.H, C = layout.C;
   Tensor dx = new_empty(x, x.sizes()), du = new_empty(u, u.sizes());
-  auto *dxp = static_cast<float*>(dx.data_ptr()), *dup = static_cast<float*>(du.data_ptr());
-  const auto* lsep = static_cast<const float*>(lse.data_ptr());
+  auto *dxp = mutable_floats(dx), *dup = mutable_floats(du);
+  const auto* lsep = floats(lse);
   layout.each(2, [&](int64_t b, float* S) {
     const int64_t L = layout.length(b);
     const Rows tokens = layout.tokens(x, b), queries = layout.heads(u, b), upstream = layout.heads(dy, b);

@@ -52,6 +52,8 @@ def machine() -> dict[str, Any]:
 
 
 def _version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # with the kind of build, which the package's own data may leave out
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import Sample, Source, Tally, output_folder, read_images, replacing
+from .data import Tally, read_images
+from .files import output_folder, replacing
 from .image import Preprocess
 from .job import ALONE, Job
 from .model import CLIP
+from .sources import Sample, Source
 from .tokenizer import tokenize
 
 TEMPLATES = ("a photo of a {}.",)

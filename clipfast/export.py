@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .data import replacing
+from .files import replacing
 from .image import MEAN, STD
 from .model import CLIP
 from .names import TRANSFORMERS_NAMES

@@ -15,8 +15,9 @@ from typing import Annotated, Any, NamedTuple
 import torch
 
 from .checkpoint import Checkpoints, Reader, check_shapes, load, read_about
-from .data import Batch, output_folder, replacing
+from .data import Batch
 from .engine import Engine, learning_rate
+from .files import output_folder, replacing
 from .job import Job, joined, stop_signals
 from .model import CLIP, MODELS
 from .watch import Watch

@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm import tqdm
 
-from .data import replacing
+from .files import replacing
 
 warned = logging.getLogger(__name__)
 PROFILED = {"wait": 2, "warmup": 1, "active": 3}  # steps: let caches fill, let the profiler start, then record

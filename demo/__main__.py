@@ -21,8 +21,9 @@ from torch import Tensor
 
 import clipfast
 from clipfast.cli import USER_ERRORS
-from clipfast.data import Batch, output_folder, replacing
+from clipfast.data import Batch
 from clipfast.evaluate import encode_texts, retrieval, zero_shot, zero_shot_weights
+from clipfast.files import output_folder, replacing
 from clipfast.model import CLIP
 from clipfast.train import Batches, TrainConfig, train
 from demo import emoji, report

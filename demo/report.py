@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from clipfast.data import replacing
+from clipfast.files import replacing
 from demo.emoji import Drawings
 
 RIGHT, OTHER, DARK, GREY = "#7fd1a0", "#f6c69a", "#1d7f49", "#6b7280"

@@ -274,6 +274,7 @@ void multiply(
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <memory>
 #include <vector>
@@ -285,7 +286,7 @@ using torch::stable::Tensor;
 
 inline cudaStream_t stream_of(const Tensor& x) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -302,7 +303,7 @@ inline Call call_on(const char* op, const Tensor& x) {
   const auto blas = [] {
     if (!cublasGemmEx || !cublasSetPointerMode_v2) throw std::runtime_error("products on CUDA: expected torch to have loaded cuBLAS");
     void* handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
+    TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
     return handle;
   };
   return {op, sms, stream_of(x), allocate, blas};

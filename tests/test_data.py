@@ -22,21 +22,10 @@ import pytest
 import torch
 from PIL import Image
 
-from clipfast.data import (
-    Batch,
-    DataConfig,
-    Sample,
-    Shards,
-    Tally,
-    from_arrays,
-    output_folder,
-    random_square,
-    read_folder,
-    read_images,
-    replacing,
-    training_batches,
-)
+from clipfast.data import Batch, DataConfig, Tally, random_square, read_images, training_batches
+from clipfast.files import output_folder, replacing
 from clipfast.image import Preprocess, read_image, read_rgb
+from clipfast.sources import Sample, Shards, from_arrays, read_folder
 from clipfast.tokenizer import tokenize
 
 R = 32

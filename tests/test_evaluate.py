@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clipfast import evaluate
 from clipfast.cli import main
-from clipfast.data import DataConfig, Sample, read_folder, read_table
+from clipfast.data import DataConfig
 from clipfast.evaluate import (
     classify,
     embed,
@@ -27,6 +27,7 @@ from clipfast.export import export
 from clipfast.image import Preprocess
 from clipfast.job import Job
 from clipfast.model import CLIP
+from clipfast.sources import Sample, read_folder, read_table
 from clipfast.tokenizer import tokenize
 from tests.test_data import caption, png, write_shards, write_table, write_tar
 from tests.test_model import shake

@@ -36,6 +36,7 @@ cpu-check: setup
 gpu-check:
 	@test -n "$(OUT)" || { echo "gpu-check: expected OUT=dir, the folder for the record" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "gpu-check: torch " + torch.__version__ + " finds no GPU")'
+	@$(PYTHON) -c 'import importlib.util as u, sys; absent = [m for m in "ftfy wcwidth regex tokenizers safetensors tqdm PIL numpy triton pytest_benchmark".split() if not u.find_spec(m)]; sys.exit(absent and "gpu-check: expected packages that this Python has not: " + ", ".join(absent) + "; install them, or put their wheels on PYTHONPATH")'
 	CLIPFAST_CUDA=on timeout 180 $(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
 	$(PYTHON) -m bench.run cuda $(OUT)
 

@@ -53,6 +53,7 @@ def build(op: str, variant: tuple, capability: int) -> Row:
     """Compile one variant of ``compiled(capability)``; RuntimeError when ptxas refuses it."""
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
     name, kernel, signature, constants, warps, stages = variant
@@ -60,7 +61,7 @@ def build(op: str, variant: tuple, capability: int) -> Row:
     source = ASTSource(kernel, signature, constants, sixteen)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=warps, num_stages=stages))
     ptx = built.asm["ptx"]
-    said = _ptxas(ptx, triton.knobs.nvidia.ptxas_blackwell.path if capability >= 100 else triton.knobs.nvidia.ptxas.path)
+    said = _ptxas(ptx, get_ptxas(capability).path)
     found = re.search(r"Used (\d+) registers", said)
     spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
     if not found or not spilled:

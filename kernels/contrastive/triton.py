@@ -133,7 +133,8 @@ def _sums(
         tl.store(row_parts + row, tl.sum(e, 1), mask=row < n)
         total += tl.sum(tl.sum(tl.reshape(e, (BLOCK_M // (16 * WARPS), WARPS, 2, 8, BLOCK_N)), 2), 0)
     col_parts += tl.program_id(1).to(tl.int64) * width + (column - start)
-    tl.store(col_parts, tl.sum(tl.sum(total, 0), 0), mask=column < N)
+    # One sum over both axes: Triton 3.8 fails on two for sm_100.
+    tl.store(col_parts, tl.sum(tl.reshape(total, (WARPS * 8, BLOCK_N)), 0), mask=column < N)
 
 
 @triton.jit(do_not_specialize=SIZES)

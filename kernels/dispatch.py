@@ -43,6 +43,15 @@ def forced() -> str | None:
     return _forced[-1]
 
 
+def settled(x: torch.Tensor, own: str) -> bool | None:
+    """Whether an op calls the vendor's own function, where that hangs neither on the machine nor on sizes; None where it does.
+    Asked before an operator is called, which would cost more than it chooses. ``own``: the op's backend that is the faster
+    one somewhere."""
+    if x.is_meta or torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type):
+        return True  # what is exported depends neither on this machine nor on the batch
+    return _forced[-1] not in (own, "torch") if _forced[-1] else None
+
+
 class NoBackend(RuntimeError):
     """No backend runs these arguments; the message has the reason of each."""
 

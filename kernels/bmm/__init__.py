@@ -7,7 +7,7 @@ from torch import Tensor
 
 from clipfast.kernels import dispatch
 from clipfast.kernels.bmm.spec import turned
-from clipfast.kernels.linear import onednn
+from clipfast.kernels.linear import onednn, slow
 from clipfast.kernels.op import Op, transformable
 
 
@@ -32,18 +32,10 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _vendors(a: Tensor, b: Tensor) -> bool:
-    """Whether torch.bmm itself is the choice: as for ``linear``, decided before an operator is called."""
-    if a.is_meta or torch.compiler.is_exporting() or torch.is_autocast_enabled(a.device.type):
-        return True
-    if forced := dispatch.forced():
-        return forced not in ("cpu", "torch")
-    return (
-        onednn.LACKS is not None
-        or a.dtype != torch.float32
-        or b.dtype != torch.float32
-        or a.device.type != "cpu"
-        or a.numel() * b.shape[-1] < onednn.LEAST
-    )
+    """Whether torch.bmm itself is the choice."""
+    if (vendors := dispatch.settled(a, "cpu")) is not None:
+        return vendors
+    return not slow(a, b) or a.numel() * b.shape[-1] < onednn.LEAST
 
 
 def _supports_cpu(*args: object) -> str | None:

@@ -40,18 +40,16 @@ def convolution(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
             f"convolution: expected x [B, I, H, W] and weight [O, I, 3, 3] or [O, I, 1, 1], got {tuple(x.shape)} and "
             f"{tuple(weight.shape)}"
         )
-    if _vendors(x, weight):
+    if _vendors(x, weight, stride):
         return F.conv2d(x, weight, None, stride, weight.shape[-1] // 2)
     return OP(x, weight.contiguous(memory_format=torch.channels_last), stride)
 
 
-def _vendors(x: Tensor, weight: Tensor) -> bool:
-    """Whether F.conv2d itself is the choice: as for ``linear``, decided before an operator is called."""
-    if x.is_meta or torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type):
-        return True
-    if forced := dispatch.forced():
-        return forced not in ("cpu", "torch")
-    return weight.numel() > MOST or _supports_cpu(x, weight, 1) is not None
+def _vendors(x: Tensor, weight: Tensor, stride: int) -> bool:
+    """Whether F.conv2d itself is the choice."""
+    if (vendors := dispatch.settled(x, "cpu")) is not None:
+        return vendors
+    return weight.numel() > MOST or _supports_cpu(x, weight, stride) is not None
 
 
 def _supports_cpu(*args: object) -> str | None:

@@ -34,18 +34,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _vendors(x: Tensor, weight: Tensor) -> bool:
-    """Whether F.linear itself is the choice: decided before an operator is called, which would cost more than it chooses."""
-    if x.is_meta or torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type):
-        return True  # what is exported depends neither on this machine nor, by the size below, on the batch
-    if forced := dispatch.forced():
-        return forced not in ("onednn", "torch")  # no other backend has a product of its own
-    return (
-        onednn.LACKS is not None
-        or x.dtype != torch.float32
-        or weight.dtype != torch.float32
-        or x.device.type != "cpu"
-        or math.prod(x.shape[:-1]) * weight.numel() < onednn.LEAST
-    )
+    """Whether F.linear itself is the choice."""
+    if (vendors := dispatch.settled(x, "onednn")) is not None:
+        return vendors
+    return not slow(x, weight) or math.prod(x.shape[:-1]) * weight.numel() < onednn.LEAST
+
+
+def slow(*operands: Tensor) -> bool:
+    """Whether the vendor's product of these is MKL's without AVX-512."""
+    return onednn.LACKS is None and all(t.dtype == torch.float32 and t.is_cpu for t in operands)
 
 
 def _fake(x, weight, bias):

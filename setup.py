@@ -16,6 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+WINGS = sorted(f"clipfast.{home.parent.name}" for home in ROOT.glob("clipfast/*/__init__.py"))
 OPS = sorted(home.parent.name for home in ROOT.glob("kernels/*/__init__.py"))
 
 
@@ -58,9 +59,9 @@ class Build(build_ext):
 
 CUDA = with_cuda() and any(ROOT.glob("kernels/*/cuda.cu"))
 setup(
-    packages=["clipfast", "clipfast.kernels", *(f"clipfast.kernels.{op}" for op in OPS)],
+    packages=["clipfast", *WINGS, "clipfast.kernels", *(f"clipfast.kernels.{op}" for op in OPS)],
     package_dir={"clipfast": "clipfast", "clipfast.kernels": "kernels"},
-    package_data={"clipfast": ["*.gz"], "": ["*.json", "*.h", "*.cuh", "*.cpp", "*.cu"]},  # passed.py reads the sources
+    package_data={"clipfast.inputs": ["*.gz"], "": ["*.json", "*.h", "*.cuh", "*.cpp", "*.cu"]},  # passed.py reads the sources
     ext_modules=[Extension(f"clipfast._C_{kind}", sources=[]) for kind in ("cpu", *(["cuda"] if CUDA else []))],
     cmdclass={"build_ext": Build},
 )

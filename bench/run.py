@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # On the CPU the record is of what runs there: Triton's interpreter is for the tests.
     workers = ["-n", "8"] if cuda and importlib.util.find_spec("xdist") else []
     only = " and ".join([*(f"({part})" for part in matching), *(["(cuda or test_loss)"] if cuda else [])])
-    files = ["tests/test_kernels.py", *(["tests/test_loss.py"] if cuda else [])]
+    files = ["tests/kernels/test_kernels.py", *(["tests/loss/test_loss.py"] if cuda else [])]
     tests = [*pytest, *files, f"--junitxml={xml}", *workers, "-k", only]
     codes = [phase("tests", tests, out, ends["tests"], TRITON_INTERPRET="0")]
     measuring = [*pytest, "--benchmark-only", "--continue-on-collection-errors", "--record", str(rows)]

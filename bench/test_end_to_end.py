@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from bench.measure import DEVICE, seconds
 from bench.rivals import open_clip_model
 from bench.test_text_and_images import captions
+from clipfast.data.sources import read_table
 from clipfast.evaluate import embed
-from clipfast.image import MEAN, STD, Preprocess
+from clipfast.inputs.image import MEAN, STD, Preprocess
 from clipfast.model import CLIP, MODELS
-from clipfast.sources import read_table
 
 NAME, PHOTOS = "ViT-B/32", 1024 if DEVICE == "cuda" else 48
 

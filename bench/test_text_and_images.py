@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from torchvision import transforms as T
 
-from clipfast.image import MEAN, STD, Preprocess
-from clipfast.tokenizer import SimpleTokenizer, tokenize
+from clipfast.inputs.image import MEAN, STD, Preprocess
+from clipfast.inputs.tokenizer import SimpleTokenizer, tokenize
 
 NOUNS = """dog cat horse train bicycle kitchen beach mountain umbrella sandwich laptop guitar child woman man giraffe clock
     bridge river boat pizza keyboard vase snowboard skateboard elephant zebra traffic light bench bird bus truck""".split()  # noqa: SIM905

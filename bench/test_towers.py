@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.plan import image_flops, text_flops
 from bench.rivals import open_clip_model
-from clipfast.engine import adamw
+from clipfast.inputs.tokenizer import tokenize
 from clipfast.loss import clip_loss
 from clipfast.model import CLIP, MODELS
-from clipfast.tokenizer import tokenize
 from clipfast.train import TrainConfig
+from clipfast.train.engine import adamw
 from demo import emoji
 from demo.__main__ import recipe
 

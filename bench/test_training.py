@@ -20,11 +20,11 @@ from bench.rivals import open_clip, open_clip_model
 from bench.test_end_to_end import photograph
 from bench.test_towers import CAPTIONS, step_floor
 from clipfast.data import DRAFT, Batch, DataConfig, random_square, training_batches
-from clipfast.engine import MAX_LOG_SCALE, Engine, adamw, learning_rate
-from clipfast.image import MEAN, STD, jpeg_decoder, read_rgb
-from clipfast.job import joined
+from clipfast.inputs.image import MEAN, STD, jpeg_decoder, read_rgb
 from clipfast.model import CLIP
 from clipfast.train import TrainConfig
+from clipfast.train.engine import MAX_LOG_SCALE, Engine, adamw, learning_rate
+from clipfast.train.job import joined
 from demo import __main__ as demo
 from demo import emoji
 

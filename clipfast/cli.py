@@ -18,16 +18,15 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import torch
 
-from .check import report
-from .data import UNREADABLE, DataConfig, Tally, training_batches
-from .evaluate import TEMPLATES, classify, embed, retrieval_source, zero_shot_source
-from .export import LAYOUTS, export
-from .image import Preprocess, read_image
-from .info import info
-from .job import Job, place
-from .model import CLIP
-from .train import TrainConfig, new_model, train
-from .weights import load
+from clipfast.check import report
+from clipfast.data import UNREADABLE, DataConfig, Tally, training_batches
+from clipfast.evaluate import TEMPLATES, classify, embed, retrieval_source, zero_shot_source
+from clipfast.info import info
+from clipfast.inputs import Preprocess, read_image
+from clipfast.model import CLIP
+from clipfast.train import TrainConfig, new_model, train
+from clipfast.train.job import Job, place
+from clipfast.weights import LAYOUTS, export, load
 
 if sys.version_info >= (3, 11):
     import tomllib

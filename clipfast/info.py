@@ -7,9 +7,8 @@ import platform
 
 import torch
 
+from clipfast.inputs.image import jpeg_decoder
 from clipfast.kernels import OPS, dispatch, passed
-
-from .image import jpeg_decoder
 
 
 def info() -> str:

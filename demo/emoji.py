@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, affine_grid, grid_sample
 from tqdm import tqdm
 
-from clipfast.image import MEAN, STD
+from clipfast.inputs.image import MEAN, STD
 
 DATA = Path(__file__).parent / "data"
 SIZE = 64  # pixels a side of a stored drawing

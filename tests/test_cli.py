@@ -14,12 +14,12 @@ import torch
 from clipfast import cli, info
 from clipfast.data import DataConfig
 from clipfast.evaluate import classify
-from clipfast.image import Preprocess
+from clipfast.inputs.image import Preprocess
 from clipfast.model import CLIP
 from clipfast.train import TrainConfig
 from clipfast.weights import load
-from tests.test_data import png, write_shards, write_table
-from tests.test_evaluate import SIZES
+from tests.data.test_data import png, write_shards, write_table
+from tests.evaluate.test_evaluate import SIZES
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,11 @@
+"""What a CLIP is worth: zero-shot classification, retrieval, and features of whole data sets."""
+
+from clipfast.evaluate.embed import embed
+from clipfast.evaluate.features import encode_images, encode_texts
+from clipfast.evaluate.retrieval import retrieval, retrieval_source
+from clipfast.evaluate.zero_shot import TEMPLATES, classify, zero_shot, zero_shot_source, zero_shot_weights
+
+__all__ = [
+    "TEMPLATES", "classify", "embed", "encode_images", "encode_texts", "retrieval", "retrieval_source", "zero_shot",
+    "zero_shot_source", "zero_shot_weights",
+]  # fmt: skip

@@ -1,0 +1,118 @@
+"""Zero-shot classification, as the paper measures it (section 3.1)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipfast.data.sources import Source
+from clipfast.evaluate.features import encode_images, encode_texts, inference, together
+from clipfast.evaluate.metrics import best_ranks, share
+from clipfast.inputs import Preprocess
+from clipfast.model import CLIP
+from clipfast.train.job import ALONE, Job
+
+TEMPLATES = ("a photo of a {}.",)
+
+
+def zero_shot_weights(
+    model: CLIP,
+    class_names: Sequence[str],
+    templates: Sequence[str] = TEMPLATES,
+) -> Tensor:
+    """Classifier [classes, D]: each name in every template ("... {} ..."), features normalised, averaged, normalised again."""
+    if not class_names or not templates:
+        raise ValueError(f"expected class names and templates, got {len(class_names)} names and {len(templates)} templates")
+    if bad := [template for template in templates if "{}" not in template]:
+        raise ValueError(f"expected '{{}}' in every template, where the class name goes, got {bad[0]!r}")
+    prompts = [template.replace("{}", name) for name in class_names for template in templates]
+    features = encode_texts(model, prompts).view(len(class_names), len(templates), -1)
+    return torch.nn.functional.normalize(features.mean(1), dim=-1)
+
+
+def classify(model: CLIP, pixels: Tensor, texts: Sequence[str]) -> Tensor:
+    """Probabilities [B, len(texts)], float32: softmax over the texts of scaled cosines; pixels [B, 3, R, R]."""
+    if empty := [index for index, text in enumerate(texts, 1) if not text.strip()]:
+        raise ValueError(f"expected captions, but text {empty[0]} of {len(texts)} is empty; leave it out")
+    text = encode_texts(model, texts, truncate=False)
+    with inference(model) as device:
+        image = model.encode_image(pixels.to(device), normalize=True).float()
+        return (model.logit_scale.exp().float() * image @ text.T).softmax(-1)
+
+
+def zero_shot(
+    features: Tensor, weights: Tensor, targets: Tensor, ks: Sequence[int] = (1, 5), subset: Tensor | None = None
+) -> dict[str, float]:
+    """Share of images [B, D] whose class `targets` [B] is among the k of highest score against `weights` [classes, D].
+
+    `subset`: class indices to choose among; every target must be one of them. Equal scores: the smaller class index first.
+    """
+    if subset is not None:
+        place = torch.full((len(weights),), -1, dtype=torch.long, device=weights.device)
+        place[subset] = torch.arange(len(subset), device=weights.device)
+        weights, targets = weights[subset], place[targets.to(weights.device)]
+        if (targets < 0).any():
+            raise ValueError(
+                f"expected every target among the {len(subset)} classes of the subset, {int((targets < 0).sum())} are not"
+            )
+    classes = torch.arange(len(weights))
+    ranks = best_ranks(features, weights, targets, classes)
+    return {f"top{k}": share(ranks < k) for k in ks}
+
+
+def zero_shot_source(
+    model: CLIP,
+    preprocess: Preprocess,
+    source: Source,
+    classes: dict[str, str] | None = None,
+    templates: Sequence[str] = TEMPLATES,
+    job: Job = ALONE,
+    **reading: Any,
+) -> dict[str, float]:
+    """Top-1 and top-5 over a source whose samples have a class: a folder's name or a shard's .cls.
+
+    `classes`: name of the folder -> name in the prompts, in the order that .cls counts from 0; by default the folders' names.
+    `job`: each rank reads its share; the result is that of all, and an error of one rank is raised on all.
+    """
+
+    def read() -> tuple[list[Tensor], list[Any]]:
+        features, labels = [], []
+        own = source.samples(worker=job.rank, workers=job.world)
+        for samples, block in encode_images(model, preprocess, own, **reading):
+            if lacking := [sample.key for sample in samples if "class" not in sample.meta]:
+                raise ValueError(
+                    f"expected the class of every image (its folder, or a .cls in the shard), but {lacking[0]} has none"
+                )
+            features.append(block)
+            labels += [sample.meta["class"] for sample in samples]
+        return features, labels
+
+    (features, labels), everyone = together(job, read, lambda found: sorted(set(found[1]), key=str))
+    seen = set(chain.from_iterable(everyone))
+    named = classes or {name: name for name in sorted(map(str, seen))}
+    index = {name: number for number, name in enumerate(named)} | {number: number for number in range(len(named))}
+    if unknown := seen - index.keys():
+        raise ValueError(
+            f"expected every class among the {len(named)} given, got {sorted(map(str, unknown))[:3]}; add them to the classes"
+        )
+
+    def hits() -> Counter[str]:
+        if not labels:
+            return Counter()
+        targets, weights = (
+            torch.tensor([index[label] for label in labels]),
+            zero_shot_weights(model, [*named.values()], templates),
+        )
+        found = zero_shot(torch.cat(features), weights, targets)
+        return Counter({name: round(share * len(labels)) for name, share in found.items()} | {"images": len(labels)})
+
+    _, parts = together(job, hits, lambda found: found)
+    total = sum(parts, Counter[str]())
+    if not total["images"]:
+        raise ValueError("expected images to evaluate on, got none")
+    return {f"top{k}": total[f"top{k}"] / total["images"] for k in (1, 5)} | {"images": total["images"], "classes": len(named)}

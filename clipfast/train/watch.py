@@ -1,0 +1,140 @@
+"""What a run shows and writes beside its weights: progress bar, log.jsonl, TensorBoard, Weights & Biases, a profile."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+from tqdm import tqdm
+
+from clipfast.files import replacing
+
+warned = logging.getLogger(__name__)
+PROFILED = {"wait": 2, "warmup": 1, "active": 3}  # steps: let caches fill, let the profiler start, then record
+
+
+class Watch:
+    """The logs in `out`; on ranks other than 0 it writes nothing, but for a rank's own profile."""
+
+    board: Any = None
+    wandb: Any = None
+    bar: Any = None
+    profiler: Any = None
+    full = False  # whether the last line could not be written
+
+    def __init__(
+        self, out: Path, config: dict[str, Any], rank: int = 0, *,
+        resumed: bool = False, progress: bool = True, tensorboard: bool = True, wandb: str = "", profiled: bool = False,
+    ) -> None:  # fmt: skip
+        self.out, self.config, self.rank, self.resumed = out, config, rank, resumed
+        self.progress, self.tensorboard, self.project = progress, tensorboard, wandb
+        self.log = out / "log.jsonl"
+        if wandb:
+            try:
+                import wandb as _  # noqa: F401 - now, not when the first step is done
+            except ImportError as error:
+                raise ImportError(f"expected the package wandb for the project {wandb!r}: pip install wandb") from error
+        if profiled:
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+            self.profiler = profile(activities=activities, schedule=schedule(**PROFILED, repeat=1), on_trace_ready=self._trace)
+            self.profiler.start()
+
+    def _trace(self, profiler: Any) -> None:
+        profiler.export_chrome_trace(str(self.out / f"trace_rank_{self.rank}.json"))
+
+    def record(self, step: int, share: float, metrics: dict[str, float]) -> None:
+        """One step: `share` of the run is done."""
+        if self.profiler:
+            self.profiler.step()
+        if self.rank:
+            return
+        if self.bar is None:
+            self._open(step)
+        self._append(self.log, {"step": step} | metrics)
+        self.scalars(step, metrics)
+        m = metrics
+        text = f"step {step} loss {m['loss']:.3f} scale {m['scale']:.1f} lr {m['lr']:.1e}"
+        text += f" {m['samples_per_second']:.0f} samples/s"
+        if m["ranks"] > 1:
+            text += f" ({m['samples_per_second'] / m['ranks']:.0f} a rank)"
+        text += f" data wait {m['data_wait']:.0%}"
+        self.bar.set_postfix_str(f"{text} {m['peak_memory_gb']:.1f} GB", refresh=False)  # as often as the bar is drawn
+        self.bar.update(share - self.bar.n)
+
+    def _append(self, log: Path, entry: dict[str, Any]) -> None:
+        """A line more, or none where the disk is full: a run does not end for that."""
+        try:
+            with open(log, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+            self.full = False
+        except OSError as error:
+            if not self.full:
+                warned.error(
+                    "NO LOG from step %s on: %s; the training goes on: make room in %s", entry["step"], error, self.out
+                )
+            self.full = True
+
+    def evaluated(self, step: int, scores: dict[str, float]) -> None:
+        """Scores of a validation: a line in eval.jsonl and scalars."""
+        if self.rank == 0:
+            self._append(self.out / "eval.jsonl", {"step": step} | scores)
+            self.scalars(step, {f"eval/{name}": value for name, value in scores.items()})
+
+    def not_finite(self, step: int, loss: float, norm: float, keys: Sequence[Sequence[str] | None]) -> None:
+        """A step without an update: which samples each rank had is kept in not_finite.jsonl."""
+        if self.rank == 0:
+            entry = {"step": step, "loss": str(loss), "norm": str(norm), "keys_by_rank": keys}
+            self._append(self.out / "not_finite.jsonl", entry)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        try:
+            for name, value in values.items() if self.board else ():
+                self.board.add_scalar(name, value, step)
+        except OSError as error:  # its writer's thread has ended
+            warned.error("NO MORE SCALARS for TensorBoard: %s; the training goes on", error)
+            self.board = None
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def _open(self, step: int) -> None:
+        """Open the logs without what an interrupted run wrote from this step on."""
+        for log in (self.log, self.out / "eval.jsonl", self.out / "not_finite.jsonl"):
+            if log.exists():
+                lines = log.read_text().splitlines(keepends=True) if self.resumed else []
+                with replacing(log) as file:
+                    file.write("".join(line for line in lines if _step(line) < step).encode())
+        with replacing(self.out / "config.json") as file:
+            file.write(json.dumps(self.config, indent=2).encode())
+        if self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+            self.board = SummaryWriter(str(self.out), purge_step=step)
+        if self.project:
+            import wandb
+
+            self.wandb = wandb.init(project=self.project, dir=str(self.out), config=self.config, resume="allow")
+        shown = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        self.bar = tqdm(total=1.0, bar_format=shown, mininterval=0.5, miniters=0, disable=not self.progress)
+
+    def close(self) -> None:
+        if self.profiler:
+            self.profiler.stop()
+        for opened in (self.bar, self.board):
+            if opened is not None:
+                opened.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _step(line: str) -> float:
+    """Of a line of a log; infinite for one that a kill or a full disk cut off."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except ValueError:
+        return math.inf

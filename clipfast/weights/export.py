@@ -1,0 +1,150 @@
+"""Our weights in the layout of other libraries: OpenAI's clip, open_clip, transformers, or one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from clipfast.files import replacing
+from clipfast.inputs.image import MEAN, STD
+from clipfast.inputs.tokenizer import END, START, SimpleTokenizer
+from clipfast.model import CLIP
+from clipfast.weights.load import beyond_shapes
+from clipfast.weights.names import TRANSFORMERS_NAMES
+
+
+def export(model: CLIP, out: str | Path, layout: str = "safetensors") -> Path:
+    """Write `model` so that another library loads it with equal features; -> the file or folder.
+
+    layout: "openai", a .pt for `clip.load`; "open_clip", a folder for `open_clip.create_model("local-dir:...")`;
+        "transformers", a folder for `CLIPModel`, `CLIPProcessor` and their kin; "safetensors", one file for `clipfast.load`.
+
+    Raises ValueError where that library has no such model, FileExistsError where `out` exists.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"expected a layout of {', '.join(LAYOUTS)}, got {layout!r}")
+    target = Path(out)
+    if target.exists():
+        raise FileExistsError(f"expected nothing at {target} yet, but it exists; choose another place")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write = LAYOUTS[layout]
+    if layout in ("open_clip", "transformers"):
+        aside = Path(mkdtemp(prefix=f".{target.name}.", dir=target.parent))  # whole or not at all
+        try:
+            write(model, state, aside)
+            aside.chmod(0o755)
+            aside.replace(target)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+    else:
+        write(model, state, target)
+    return target
+
+
+def _openai(model: CLIP, state: dict[str, Tensor], path: Path) -> None:
+    told = beyond_shapes(model)
+    vit, width = hasattr(model.visual, "transformer"), model.visual.conv1.out_channels
+    theirs = {"quick_gelu": True, "transformer_heads": model.transformer.width // 64}
+    theirs["vision_heads"] = width // 64 if vit else 2 * width * 32 // 64
+    if differ := {name: told[name] for name, value in theirs.items() if told[name] != value}:
+        raise ValueError(f"OpenAI's clip has no such model: {differ}, where it has {theirs}; export to open_clip")
+    marks = {
+        "input_resolution": told["image_resolution"],
+        "context_length": model.context_length,
+        "vocab_size": model.vocab_size,
+    }
+    with replacing(path) as file:
+        torch.save(state | {name: torch.tensor(value) for name, value in marks.items()}, file)
+
+
+def _safetensors(model: CLIP, state: dict[str, Tensor], path: Path) -> None:
+    with replacing(path) as file:
+        file.write(safetensors.torch.save(state, {"format": "pt", "model_config": json.dumps(beyond_shapes(model))}))
+
+
+def _open_clip(model: CLIP, state: dict[str, Tensor], folder: Path) -> None:
+    visual: Any = model.visual
+    told = beyond_shapes(model)
+    vit = hasattr(visual, "transformer")
+    width = visual.conv1.out_channels * (1 if vit else 2)
+    layers = len(visual.transformer.resblocks) if vit else [len(getattr(visual, f"layer{i}")) for i in (1, 2, 3, 4)]
+    vision = {"image_size": told["image_resolution"], "layers": layers, "width": width}
+    vision |= {"patch_size": visual.conv1.kernel_size[0] if vit else None}
+    vision |= {"head_width": width * (1 if vit else 32) // told["vision_heads"]}
+    text = {"context_length": model.context_length, "vocab_size": model.vocab_size, "width": model.transformer.width}
+    text |= {"heads": told["transformer_heads"], "layers": model.transformer.layers}
+    sizes = {"embed_dim": visual.output_dim, "quick_gelu": told["quick_gelu"], "vision_cfg": vision, "text_cfg": text}
+    preprocess = {"mean": list(MEAN), "std": list(STD), "interpolation": "bicubic", "resize_mode": "shortest"}
+    _write_json(folder / "open_clip_config.json", {"model_cfg": sizes, "preprocess_cfg": preprocess})
+    safetensors.torch.save_file(state, folder / "open_clip_model.safetensors", {"format": "pt"})
+
+
+def _transformers(model: CLIP, state: dict[str, Tensor], folder: Path) -> None:
+    told, visual = beyond_shapes(model), model.visual
+    if not hasattr(visual, "transformer"):
+        raise ValueError("transformers has no CLIP with a ResNet; export to openai or open_clip")
+    common: dict[str, Any] = {"hidden_act": "quick_gelu" if told["quick_gelu"] else "gelu", "layer_norm_eps": 1e-5}
+    common |= {"projection_dim": visual.output_dim}
+    end = model.vocab_size - 1
+    text = _tower(model.transformer, told["transformer_heads"]) | common | {"max_position_embeddings": model.context_length}
+    text |= {"vocab_size": model.vocab_size, "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+    vision = _tower(visual.transformer, told["vision_heads"]) | common | {"patch_size": visual.conv1.kernel_size[0]}
+    vision |= {"image_size": told["image_resolution"]}
+    config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": visual.output_dim}
+    _write_json(folder / "config.json", config | {"text_config": text, "vision_config": vision})
+    safetensors.torch.save_file(_rename(state), folder / "model.safetensors", {"format": "pt"})
+    side = told["image_resolution"]
+    pixels = {"do_resize": True, "size": {"shortest_edge": side}, "resample": 3, "do_center_crop": True}
+    pixels |= {"crop_size": {"height": side, "width": side}, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
+    pixels |= {"image_mean": list(MEAN), "image_std": list(STD), "image_processor_type": "CLIPImageProcessor"}
+    _write_json(folder / "preprocessor_config.json", pixels)
+    tokenizer = SimpleTokenizer()
+    if model.vocab_size == len(tokenizer.encoder):  # another vocabulary has a tokenizer that we do not know
+        _write_json(folder / "vocab.json", tokenizer.encoder)
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, tokenizer.merges), ""]), encoding="utf-8")
+        names = {"tokenizer_class": "CLIPTokenizer", "model_max_length": model.context_length, "bos_token": START}
+        _write_json(folder / "tokenizer_config.json", names | dict.fromkeys(("eos_token", "unk_token", "pad_token"), END))
+
+
+def _tower(transformer: Any, heads: int) -> dict[str, Any]:
+    width = transformer.width
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": len(transformer.resblocks)}
+    return sizes | {"num_attention_heads": heads}
+
+
+def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """OpenAI's names -> transformers': q, k and v apart, the projections transposed."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name in ("text_projection", "visual.proj"):
+            tensor = tensor.T
+        # The text tower's names are parts of the image tower's: longest first.
+        for theirs, ours in sorted(TRANSFORMERS_NAMES.items(), key=lambda pair: -len(pair[1])):
+            if ours.startswith(".") or name.startswith(ours):
+                name = name.replace(ours, theirs, 1)
+        parts = tensor.chunk(3) if ".in_proj_" in name else [tensor]
+        for part, letter in zip(parts, "qkv", strict=False):
+            renamed[name.replace(".in_proj_", f".{letter}_proj.")] = part.contiguous()
+    return renamed
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+LAYOUTS: dict[str, Callable[[CLIP, dict[str, Tensor], Path], None]] = {
+    "openai": _openai,
+    "open_clip": _open_clip,
+    "transformers": _transformers,
+    "safetensors": _safetensors,
+}

@@ -1,0 +1,304 @@
+"""The benchmark tools: what they measure with, how they compare and draw, what a build costs. No test here asserts a speed."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import compare, measure, plot, run, tables
+from bench.record import machine, problems
+from clipfast import kernels
+from clipfast.kernels import dispatch, passed
+
+ROOT = Path(__file__).parents[2]
+
+
+def row(group="kernels", name="mlp a", ms=10.0, noise=0.01, rivals=None, **more: Any) -> dict[str, Any]:
+    """A row as bench/conftest.py writes it; ``rivals``: ms by name."""
+
+    def spread(median: float) -> dict[str, float]:
+        return dict(median=median, p20=median * (1 - noise), p80=median * (1 + noise))
+
+    others = {n: dict(ms=spread(r), speedup=r / ms, memory=2 << 20) for n, r in (rivals or {"eager": 15.0}).items()}
+    made = dict(group=group, name=name, op="mlp", ms=spread(ms), memory=1 << 20, items_per_s=None, rivals=others, roofline=None)
+    return made | more
+
+
+def record(*rows: dict[str, Any]) -> dict[str, Any]:
+    return dict(
+        machine=machine(), roofline=dict(bytes_per_s=5e10, flops_per_s=2e11), rows=list(rows), tests={}, tests_finished=True
+    )
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(measure.DEVICE == "cuda", reason="the CPU's way to measure")
+def test_peak_memory_sees_what_is_freed_again() -> None:
+    if reason := measure.memory_lacks():
+        pytest.skip(reason)
+    size = 24 << 20
+
+    def two_after_one_another() -> None:
+        for _ in range(2):
+            torch.full((size,), 1, dtype=torch.uint8)
+
+    for call, expected in ((lambda: None, 0), (two_after_one_another, size), (lambda: torch.ones(size // 4).exp(), 2 * size)):
+        call()
+        assert measure.peak_memory(call) == pytest.approx(expected, abs=2 << 20)
+
+
+@pytest.mark.skipif(measure.DEVICE == "cuda", reason="the CPU's way to measure")
+def test_peak_memory_does_not_depend_on_gaps_in_the_heap() -> None:
+    """Gaps that just hold a block: the leftovers of the first block of a call are in use, so that the second takes another."""
+    libc = ctypes.CDLL(None)
+    if measure.memory_lacks() or not hasattr(libc, "mallinfo2"):
+        pytest.skip("no glibc of Linux")
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    size = 24 << 20
+
+    def two_after_one_another() -> None:
+        for _ in range(2):
+            torch.full((size,), 1, dtype=torch.uint8)
+
+    two_after_one_another()
+    measure.peak_memory(two_after_one_another)  # blocks of less than 32 MB come from the heap from here on
+    for seed in range(8):
+        rng = random.Random(seed)
+        blocks = [libc.malloc(size + 16 * rng.randint(0, 200)) for _ in range(9)]
+        for block in blocks[::2]:
+            libc.free(block)
+        assert measure.peak_memory(two_after_one_another) == pytest.approx(size, abs=2 << 20)
+        for block in blocks[1::2]:
+            libc.free(block)
+
+
+def test_a_machine_without_clear_refs_has_no_figure_but_a_reason(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(measure, "DEVICE", "cpu")
+    monkeypatch.setattr(measure, "_CLEAR", tmp_path / "absent" / "clear_refs")
+    measure.memory_lacks.cache_clear()
+    try:
+        assert "needs Linux" in str(measure.memory_lacks()) and measure.peak_memory(lambda: None) is None
+    finally:
+        measure.memory_lacks.cache_clear()
+
+
+def test_spread_and_share_of_the_roofline() -> None:
+    assert measure.spread([0.003]) == dict(median=3, p20=3, p80=3)
+    assert measure.spread([0.001 * k for k in range(1, 12)]) == pytest.approx(dict(median=6, p20=3, p80=9))
+    ceilings = dict(bytes_per_s=1e10, flops_per_s=1e12)
+    moving = measure.achieved((10**9, 10**8), 0.02, ceilings)  # 10 ms to move, 1 ms to compute
+    assert (moving["limit"], moving["rate"], moving["share"]) == ("bytes", pytest.approx(5e9), pytest.approx(0.5))
+    computing = measure.achieved((10**11, 10**8), 0.4, ceilings)
+    assert (computing["limit"], computing["rate"], computing["share"]) == ("flops", pytest.approx(2.5e11), pytest.approx(0.25))
+
+
+def test_every_benchmark_case_has_its_floor_and_its_inputs() -> None:
+    for op, home in kernels.OPS.items():
+        for case in (*home.spec.BENCH.values(), *getattr(home.spec, "BENCH_GPU", {}).values()):
+            passes = home.spec.floors(4, **case)
+            assert set(passes) == {"forward", "backward"}, op
+            assert all(flops >= 0 and moved > 0 for flops, moved in passes.values()), op
+
+
+def test_a_benchmark_runs_and_writes_a_valid_record(tmp_path: Path) -> None:
+    """The fixture whole, on the quickest row: times, memory, roofline, an absent rival, the record."""
+    command = [sys.executable, "-m", "pytest", "bench/test_kernels.py", "--benchmark-only", "-k", "layer_norm and text"]
+    done = subprocess.run([*command, "--record", str(tmp_path / "r.json")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = json.loads((tmp_path / "r.json").read_text())
+    assert list(problems(made)) == []
+    (one,) = made["rows"]
+    assert one["name"] == "layer_norm text block" and one["rivals"]["eager"]["speedup"] > 0 and one["roofline"]["share"] > 0
+    if not torch.cuda.is_available():
+        assert one["rivals"]["Liger"] == {"absent": "measured on CUDA only"}
+        assert "not run: apex, Liger, QuACK, compiled (measured on CUDA only)" in done.stdout
+
+
+# ---- the run of make cpu-check and gpu-check ---------------------------------------------------------------------------------
+
+
+def test_tests_are_counted_by_op_and_backend(tmp_path: Path) -> None:
+    xml = tmp_path / "tests.xml"
+    xml.write_text(
+        """<testsuites><testsuite>
+        <testcase name="test_matches_spec[mlp-torch-one row-fp32-cpu]"/>
+        <testcase name="test_matches_spec[mlp-torch-prime-fp32-cpu]"><failure message="x"/></testcase>
+        <testcase name="test_matches_spec[mlp-cpu-prime-fp64-cpu]"><skipped/></testcase>
+        <testcase name="test_matches_spec[batch_norm-cpu-C8, relu-fp32-cpu]"/>
+        <testcase name="test_something_else[mlp-cpu-a-b-c]"/></testsuite></testsuites>"""
+    )
+    assert run.counted(xml) == {
+        "mlp": {"torch": dict(passed=1, failed=1, kernel=passed.fingerprint("mlp", "torch"))},
+        "batch_norm": {"cpu": dict(passed=1, failed=0, kernel=passed.fingerprint("batch_norm", "cpu"))},
+    }
+
+
+def test_a_phase_is_stopped_at_its_time_and_told(tmp_path: Path, capsys) -> None:
+    stops = "import signal, sys, time; signal.signal(2, lambda *_: sys.exit(print('stopped')))"
+    code = f"{stops}; print('on', flush=True); time.sleep(60)"
+    assert run.phase("tests", [sys.executable, "-c", code], tmp_path, 2.0) == 124
+    assert "stopped" in (tmp_path / "tests.log").read_text() and "exit code 124" in capsys.readouterr().out
+    assert run.phase("tests", [sys.executable, "-c", "import os; print(os.environ['X'])"], tmp_path, 60, X="y") == 0
+    assert (tmp_path / "tests.log").read_text() == "y\n"
+
+
+def test_the_gpu_check_fits_into_nine_minutes() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    build = int(makefile.split("CLIPFAST_CUDA=on timeout ")[1].split()[0])
+    assert build + max(run.ENDS["cuda"].values()) <= 9 * 60
+    recipe = makefile.split("gpu-check:\n")[1].split("\n\n")[0]
+    assert "--no-index" in recipe and "venv" not in recipe and "setup" not in recipe
+
+
+# ---- comparing two records ---------------------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, name: str, made: dict[str, Any]) -> str:
+    (folder / name).write_text(json.dumps(made))
+    return str(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("new", "slower"),
+    [
+        (row(ms=10.3), False),  # within what quiet machines differ by
+        (row(ms=12.0), True),
+        (row(ms=12.0, noise=0.1), False),  # its own noise covers it
+        (row(ms=12.0, rivals={"eager": 18.0}), False),  # the machine is slower, not the code
+        (row(ms=10.0, rivals={"eager": 12.0}), True),  # a faster machine would have made it faster
+        (row(ms=12.0, rivals={"other": 18.0}), True),  # no common rival: the time alone
+        (row(ms=5.0), False),
+    ],
+)
+def test_slower_is_what_noise_and_machine_do_not_explain(tmp_path: Path, capsys, new: dict[str, Any], slower: bool) -> None:
+    paths = saved(tmp_path, "base.json", record(row())), saved(tmp_path, "new.json", record(new))
+    assert compare.main(paths) == int(slower)
+    assert ("slower   kernels: mlp a" in capsys.readouterr().out) == slower
+
+
+def test_rows_of_one_record_and_records_of_two_machines(tmp_path: Path, capsys) -> None:
+    base, new = record(row(), row(name="old")), record(row(), row(name="added"))
+    paths = saved(tmp_path, "base.json", base), saved(tmp_path, "new.json", new)
+    assert compare.main(paths) == 0
+    said = capsys.readouterr().out
+    assert "gone     kernels: old" in said and "new      kernels: added" in said and "1 rows in both: 0 slower" in said
+    new["machine"] = new["machine"] | {"device": "another"}
+    assert compare.main([paths[0], saved(tmp_path, "new.json", new)]) == 2
+    assert "expected records of one machine" in capsys.readouterr().err
+    (tmp_path / "broken.json").write_text("{")
+    assert compare.main([paths[0], str(tmp_path / "broken.json")]) == 2
+    assert compare.main([paths[0], saved(tmp_path, "none.json", record())]) == 2
+
+
+# ---- charts and tables -------------------------------------------------------------------------------------------------------
+
+
+def full() -> dict[str, Any]:
+    """A record with a row of every kind."""
+    floor = measure.achieved((10**9, 10**7), 0.01, dict(bytes_per_s=5e10, flops_per_s=2e11))
+    points = [dict(N=1024 << k, ms=4.0**k, bytes=1e6 * 2**k) for k in range(4)]
+    series = {"ours": points, "open_clip": points[:2], "chunked": [dict(p, bytes=None) for p in points]}
+    growth = row("losses", "growth clip", rivals={}, series=series, exponents=dict(ms=2.0, bytes=1.0), D=512)
+    tower = row("towers", "encode text", rivals={"open_clip": 30.0, "compiled": 20.0}, items_per_s=400.0)
+    tower["rivals"]["xformers"] = {"absent": "No module named 'xformers'"}
+    return record(row(roofline=floor), growth, tower, row("end_to_end", "embed", items_per_s=40.0))
+
+
+def test_charts_are_written_and_labelled(tmp_path: Path, monkeypatch) -> None:
+    labels = []
+    finish = plot.finish
+    monkeypatch.setattr(plot, "finish", lambda figure, made, path: (labels.append(path.name), finish(figure, made, path))[1])
+    assert plot.main([saved(tmp_path, "r.json", full()), str(tmp_path / "charts")]) == 0
+    assert labels == ["losses.png", "roofline.png", "towers.png", "end_to_end.png"]
+    for name in labels:
+        assert (tmp_path / "charts" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    about = plot.label(full())
+    assert machine()["device"] in about and torch.__version__ in about
+    assert [path.name for path in plot.charts(record(row()), tmp_path)] == []
+    assert plot.main([str(tmp_path / "absent.json"), str(tmp_path)]) == 2
+
+
+def test_every_op_has_a_mark_of_its_own_under_the_roofline(tmp_path: Path, monkeypatch) -> None:
+    shown: list[tuple[str, str]] = []
+    monkeypatch.setattr(plot, "finish", lambda figure, made, path: shown.extend(
+        (line.get_marker(), line.get_color()) for line in figure.axes[0].lines if line.get_marker() != "None"
+    ))  # fmt: skip
+    floor = measure.achieved((10**9, 10**7), 0.01, dict(bytes_per_s=5e10, flops_per_s=2e11))
+    plot.roofline(record(*(row(name=str(i), op=f"op {i}", roofline=floor) for i in range(11))), tmp_path / "r.png")
+    assert len(shown) == len(set(shown)) == 11
+
+
+def test_a_rival_has_one_colour_in_every_row(tmp_path: Path, monkeypatch) -> None:
+    bars: list[Any] = []
+    monkeypatch.setattr(plot, "finish", lambda figure, made, path: bars.extend(figure.axes[0].patches))
+    rows = [row("towers", "a", rivals={"x": 20.0, "our loaded": 11.0, "y": 30.0}, items_per_s=5.0)]
+    rows.append(row("towers", "b", rivals={"y": 30.0}, items_per_s=5.0))
+    plot.bars(record(*rows), ("towers",), "Towers", tmp_path / "b.png")
+    ours, x, loaded, y, _, also_y = (bar.get_facecolor() for bar in bars)
+    assert y == also_y and len({ours, x, loaded, y}) == 4
+
+
+def test_tables_hold_every_row() -> None:
+    made = full()
+    page, short = tables.page("cpu", made), tables.summary(made)
+    assert "| kernels: mlp a | 10.000 (9.900 to 10.100) |  | 100 GFLOP/s, 50% | 1.0 MB | 1.50 × eager (2.1 MB) |" in page
+    assert "not run: xformers (No module named 'xformers')" in page and "xformers" not in short
+    assert "| mlp, 1 sizes | 10.00 ms | 1.50 × eager | eager 2.00 × ours |" in short
+    assert "| towers: encode text | 10.00 ms, 400/s | 3.00 × open_clip, 2.00 × compiled |" in short
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda r: r["machine"].pop("driver"), "missing: driver"),
+        (lambda r: r["machine"]["kernels"].update(a="no hash"), "SHA-256 of every kernel"),
+        (lambda r: r.update(tests={"mlp": {"cpu": dict(passed=-1, failed=0, kernel="0" * 64)}}), "counts of passed"),
+        (lambda r: r.pop("roofline"), "roofline"),
+        (lambda r: r.update(rows=[]), "rows of different names, got 0"),
+        (lambda r: r["rows"].append(copy.deepcopy(r["rows"][0])), "['kernels: mlp a'] twice"),
+        (lambda r: r["rows"][0]["ms"].update(median=float("nan")), "0 < p20"),
+        (lambda r: r["rows"][0]["rivals"]["eager"]["ms"].update(p20=1e9), "p20 <= median"),
+        (lambda r: r["rows"][0].update(memory=-1), "expected bytes"),
+    ],
+)
+def test_a_broken_record_is_found(break_it, said: str) -> None:
+    made = record(row())
+    assert list(problems(made)) == []
+    break_it(made)
+    assert said in " ".join(problems(made))
+
+
+# ---- the build ---------------------------------------------------------------------------------------------------------------
+
+
+def test_size_of_the_libraries() -> None:
+    """What a wheel carries. A library that doubles has taken in something that it should not."""
+    for kind, limit in (("cpu", 2 << 20), ("cuda", 16 << 20)):
+        path = ROOT / "clipfast" / f"_C_{kind}.so"
+        if path.exists():
+            assert path.stat().st_size <= limit, f"{path.name}: {path.stat().st_size:,} bytes, expected at most {limit:,}"
+    assert (ROOT / "clipfast" / "_C_cpu.so").exists() or dispatch.library("cpu")
+
+
+def test_the_package_builds_in_three_minutes_on_two_cores() -> None:
+    """By ninja's own log of the last build of every object, so that nothing is built again for this test."""
+    log = ROOT / "build" / "cmake" / ".ninja_log"
+    if not log.exists():
+        pytest.skip("this package was not built from this folder")
+    edges: dict[str, int] = {}
+    for line in log.read_text().splitlines()[1:]:
+        start, end, _, output, _ = line.split("\t")
+        edges[output] = int(end) - int(start)  # ms; a later line is a later build
+    # Two cores can always keep to this: half the work, and the longest step at the end.
+    seconds = (sum(edges.values()) / 2 + max(edges.values())) / 1e3
+    assert edges and seconds <= 180, f"{seconds:.0f} s: {sorted(edges.items(), key=lambda edge: -edge[1])[:5]}"

@@ -1,0 +1,148 @@
+"""The README's tables, the pages of results and kernels/passed.json are those of the committed records."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import record, tables
+from clipfast.kernels import passed
+from tests.bench.test_bench import record as of_rows
+from tests.bench.test_bench import row
+
+
+def test_what_is_generated_is_up_to_date() -> None:
+    for path, text in record.generated().items():
+        assert path.exists() and path.read_text() == text, f"{path.relative_to(record.ROOT)}: run python -m bench.record"
+    assert len(re.findall(r"<!-- table: \w+ -->", (record.ROOT / "README.md").read_text())) >= 3
+
+
+def test_a_figure_for_a_gpu_comes_from_a_record() -> None:
+    """Outside the generated tables the README names no speed on a GPU."""
+    typed = re.sub(r"<!-- table.*?<!-- end -->", "", (record.ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert not re.search(r"TFLOP/s|GB/s|\bH[12]00\b[^.\n]*\d+(\.\d+)? ?(ms|×|images/s)", typed)
+
+
+def test_a_table_without_a_record_is_an_error() -> None:
+    with pytest.raises(ValueError, match="'gone': expected one of"):
+        tables.filled("<!-- table: gone --><!-- end -->", {"cpu": ""})
+
+
+def made(kernel: str | None, failed: int = 0, finished: bool = True, device: str = "H200") -> dict[str, Any]:
+    counts = {"layer_norm": {"cuda": dict(passed=9, failed=failed, kernel=kernel)}}
+    return dict(machine=dict(kind="gpu", device=device), tests=counts, tests_finished=finished)
+
+
+def test_a_kernel_counts_as_passed_only_while_its_source_is_the_same() -> None:
+    now = passed.fingerprint("layer_norm", "cuda")
+
+    def state(*records: dict[str, Any], device: str = "H200") -> str:
+        return record.state("layer_norm", "cuda", device, dict(enumerate(records)))  # type: ignore[arg-type]
+
+    assert state(made(now)) == "passed"
+    assert state(made("0" * 64)) == "changed since"
+    assert state(made("0" * 64), made(now)) == "passed"
+    assert state(made(now), made(now, failed=1)) == "failed"
+    assert state(made("0" * 64, failed=1)) == state(made(now, finished=False)) == state() == "never"
+    assert state(made(now), device="H100") == "never"
+
+
+def test_the_gpu_table_and_the_automatic_choice_follow_the_records() -> None:
+    now = passed.fingerprint("layer_norm", "cuda")
+    found = {"a": made(now), "b": made("0" * 64, device="H100")}
+    table = record.gpu_table(found)
+    assert table.startswith("| kernel | H100 | H200 |\n|---|---|---|\n")
+    assert "| layer_norm cuda | changed since | passed |" in table and "| layer_norm triton | never | never |" in table
+    assert record.passes(found) == {f"layer_norm cuda {now}": ["H200"]}
+    assert record.gpu_table({}).startswith("| kernel | on a GPU |\n|---|---|\n") and record.passes({}) == {}
+
+
+def test_the_machine_says_what_figures_depend_on(monkeypatch) -> None:
+    machine = record.machine()
+    assert machine["versions"]["torch"] and machine["device"] and len(machine["kernels"]) > 20
+    monkeypatch.setattr(record, "ROOT", record.ROOT.parent.parent.parent)  # where git is not
+    monkeypatch.setenv("COMMIT", "abc")
+    assert record._commit() == "abc"
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with one record, cpu.json, and a README with its table; returns the folder of records."""
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "README.md").write_text("# a\n<!-- table: cpu -->\n<!-- end -->\n<!-- table: gpu -->\n<!-- end -->\n")
+    (results / "cpu.json").write_text(json.dumps(of_rows(row())))
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", results)
+    return results
+
+
+def test_records_become_tables(house: Path, capsys) -> None:
+    assert record.main([]) == 0
+    assert "| mlp, 1 sizes | 10.00 ms | 1.50 × eager |" in (record.ROOT / "README.md").read_text()
+    assert (house / "cpu.md").exists() and json.loads((record.ROOT / "kernels" / "passed.json").read_text()) == {}
+    assert re.search(r"^contrastive +cuda +never run on its hardware$", capsys.readouterr().out, re.MULTILINE)
+
+
+def other(change) -> str:
+    made = copy.deepcopy(of_rows(row()))
+    change(made)
+    return json.dumps(made)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("cut", json.dumps(of_rows(row()))[:-90], "cut.json: expected the JSON of a record"),
+        ("list", "[1, 2]", "list.json: expected a record as bench/run.py writes it"),
+        ("foreign", '{"benchmarks": [], "machine_info": {}}', "foreign.json: expected machine to hold"),
+        ("norivals", other(lambda r: r["rows"][0].pop("rivals")), "norivals.json: expected a record as bench/run.py writes it"),
+        ("slow", other(lambda r: r["rows"][0]["rivals"]["eager"].update(speedup=None)), "expected a speed-up over eager"),
+        ("share", other(lambda r: r["rows"][0].update(roofline=dict(share=-1, rate=1))), "expected a share of the roofline"),
+        (
+            "unfinished",
+            other(lambda r: r.update(tests=made("0" * 64)["tests"], tests_finished=None)),
+            "expected tests_finished",
+        ),
+        ("twice", other(lambda r: r["rows"].append(r["rows"][0])), "['kernels: mlp a'] twice"),
+        ("demo", '{"accuracy": [{}]}', "demo.json: expected what make demo writes"),
+    ],
+)
+def test_a_file_that_is_no_record_is_named_and_nothing_written(house: Path, capsys, name: str, text: str, said: str) -> None:
+    (house / f"{name}.json").write_text(text)
+    before = (record.ROOT / "README.md").read_text()
+    assert record.main([]) == 1
+    assert said in capsys.readouterr().err
+    assert (record.ROOT / "README.md").read_text() == before and not (house / "cpu.md").exists()
+
+
+def test_asking_for_help_writes_nothing(house: Path, capsys) -> None:
+    for arguments, code in ((["--help"], 0), (["cpu.json"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            record.main(arguments)
+        assert ended.value.code == code
+    assert not (house / "cpu.md").exists()
+
+
+def test_a_row_slower_than_its_rival_has_a_note(house: Path, capsys, monkeypatch) -> None:
+    made = json.loads((house / "cpu.json").read_text())
+    rows = [row(rivals={"eager": 9.6, "our cpu": 5.0}), row(name="mlp b")]
+    (house / "cpu.json").write_text(json.dumps(made | {"rows": rows}))
+    assert record.main([]) == 1
+    assert "cpu.json: kernels: mlp a is slower than eager: no note says why it is kept" in capsys.readouterr().out
+    monkeypatch.setitem(tables.KEPT, "kernels: mlp a", "it is exact")
+    assert record.main([]) == 0
+    assert "kernels: mlp a is slower than eager: it is exact" in capsys.readouterr().out
+    assert "0.96 to 1.50 × eager; a kept: it is exact |" in (record.ROOT / "README.md").read_text()
+    assert "0.96 × eager (2.1 MB); 0.50 × our cpu (2.1 MB); kept: it is exact |" in (house / "cpu.md").read_text()
+
+
+def test_no_committed_row_lacks_its_note() -> None:
+    records = record.measured(record.records())
+    assert {name: record.unexplained(made) for name, made in records.items()} == dict.fromkeys(records, [])

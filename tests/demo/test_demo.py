@@ -1,0 +1,82 @@
+"""The whole demo in seconds: drawings of one colour made here, a few updates, every file that the report promises."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import clipfast
+from demo import __main__ as demo
+from demo import emoji, report
+from tests.demo.test_emoji import root  # noqa: F401 - the fixture: packages of thirty-three drawings in each style
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> demo.TrainConfig:
+    config = demo.recipe(str(tmp_path / "training"), 300.0)
+    (tmp_path / "training").mkdir()
+    return replace(config, steps=4, max_seconds=20.0, batch_size=8, progress=False)
+
+
+def test_a_run_leaves_the_report_and_a_model_that_loads(root: Path, tmp_path: Path, small: demo.TrainConfig) -> None:  # noqa: F811
+    emoji.prepare(root)
+    out = tmp_path / "out"
+    out.mkdir()
+    results = demo.run(small, root, out)
+
+    written = {path.name for path in out.iterdir()}
+    assert written >= {"report.html", "results.json", "model.pt", "log.jsonl", "learning_curve.png", "confusion.png"}
+    assert written >= {"named_seen.png", "named_unseen.png", "retrieval.png"}
+    html = (out / "report.html").read_text()
+    for picture in out.glob("*.png"):
+        assert f'src="{picture.name}"' in html
+        pixels = np.asarray(Image.open(picture).convert("L"))
+        assert pixels.std() > 3, f"{picture.name} is empty"
+    assert "Microsoft" in html and "CC" in html  # whose drawings these are
+
+    kept = json.loads((out / "results.json").read_text())
+    assert kept["accuracy"] == results["accuracy"] and kept["steps"] == 4
+    for row in results["accuracy"]:
+        assert 0 <= row["top1"] <= row["top5"] <= 1 and row["chance_top1"] == pytest.approx(1 / row["names"])
+        assert row["concepts"] == "seen" or row["pixels_top5"] == 0  # nearest pixels can name nothing unseen
+    text = report.table(results)
+    assert "seen concepts" in text and "unseen concepts" in text
+
+    model, preprocess = clipfast.load(str(out / "model.pt"), device="cpu")
+    drawings = emoji.load("seen", root)
+    again = demo.encode(model, drawings)
+    assert torch.isfinite(again).all() and preprocess.resolution == 48
+    assert torch.allclose(again.norm(dim=-1), torch.ones(len(again)), atol=1e-5)
+
+
+def test_batches_hold_a_concept_once_and_depend_on_their_step_alone(root: Path, small: demo.TrainConfig) -> None:  # noqa: F811
+    emoji.prepare(root)
+    drawings = emoji.load("train", root)
+    batches = demo.batches(drawings, small)
+    labels = {tuple(clipfast.tokenize(t.format(c.label), 32)[0].tolist()): c.label
+              for c in drawings.concepts for t in emoji.TRAIN_TEMPLATES}  # fmt: skip
+    stream = batches(0)
+    for step in range(5):
+        batch = next(stream)
+        named = [labels[tuple(row.tolist())] for row in batch.tokens]
+        assert len(set(named)) == small.batch_size, "a caption fits two drawings of one batch"
+        again = next(batches(step))
+        assert torch.equal(batch.pixels, again.pixels) and torch.equal(batch.tokens, again.tokens)
+        assert torch.equal(batch.lengths, batch.tokens.argmax(dim=1) + 1)
+
+
+def test_too_few_concepts_are_named(root: Path, small: demo.TrainConfig) -> None:  # noqa: F811
+    emoji.prepare(root)
+    with pytest.raises(ValueError, match="expected at least 128 concepts"):
+        demo.batches(emoji.load("train", root), replace(small, batch_size=128))
+
+
+def test_a_bad_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["--seconds", "0"]) == 2
+    assert capsys.readouterr().err == "demo: error: expected --seconds above 0, got 0.0\n"

@@ -1,0 +1,417 @@
+"""Evaluation against dense definitions, and features on disk."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipfast.cli import main
+from clipfast.data import DataConfig
+from clipfast.data.sources import Sample, read_folder, read_table
+from clipfast.evaluate import (
+    classify,
+    embed,
+    encode_texts,
+    metrics,
+    retrieval,
+    retrieval_source,
+    zero_shot,
+    zero_shot_source,
+    zero_shot_weights,
+)
+from clipfast.inputs.image import Preprocess
+from clipfast.inputs.tokenizer import tokenize
+from clipfast.model import CLIP
+from clipfast.train.job import Job
+from clipfast.weights import export
+from tests.data.test_data import caption, png, write_shards, write_table, write_tar
+from tests.model.test_model import shake
+
+SIZES = {
+    "embed_dim": 16, "image_resolution": 32, "vision_layers": 1, "vision_width": 64, "vision_patch_size": 16,
+    "context_length": 77, "vocab_size": 49408, "transformer_width": 64, "transformer_heads": 1, "transformer_layers": 1,
+}  # fmt: skip
+PREPROCESS = Preprocess(32)
+
+
+@pytest.fixture(scope="module")
+def model() -> CLIP:
+    torch.manual_seed(0)
+    return CLIP(**SIZES).eval()
+
+
+def reference_image(model: CLIP, content: bytes) -> Tensor:
+    with torch.no_grad():
+        return F.normalize(model.encode_image(PREPROCESS(content)[None]), dim=-1)[0]
+
+
+def reference_text(model: CLIP, text: str) -> Tensor:
+    with torch.no_grad():
+        return F.normalize(model.encode_text(tokenize([text])), dim=-1)[0]
+
+
+# ---- ranks -------------------------------------------------------------------------------------------------------------------
+
+
+def dense_recall(scores: Tensor, right: Tensor, k: int) -> float:
+    """Sort everything; of equal scores the first index first."""
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return right.gather(1, order).any(1).double().mean().item()
+
+
+def small(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Few distinct integers: their dot products are exact, and many are equal."""
+    return torch.randint(-1, 2, shape, generator=generator).float()
+
+
+@pytest.mark.parametrize("scores_at_a_time", [1, 40, 1 << 24])
+@pytest.mark.parametrize("ties", [False, True])
+def test_zero_shot_is_what_sorting_says(monkeypatch, scores_at_a_time, ties):
+    monkeypatch.setattr(metrics, "SCORES", scores_at_a_time)
+    generator = torch.Generator().manual_seed(0)
+    make = small if ties else (lambda shape, generator: torch.randn(shape, generator=generator))
+    features, weights = make((60, 3), generator), make((17, 3), generator)
+    targets = torch.randint(0, 17, (60,), generator=generator)
+    right = F.one_hot(targets, 17).bool()
+    expected = {f"top{k}": dense_recall(features @ weights.T, right, k) for k in (1, 5)}
+    assert zero_shot(features, weights, targets) == pytest.approx(expected)
+    assert 0 < expected["top1"] < expected["top5"] < 1
+
+
+def test_zero_shot_among_some_of_the_classes():
+    generator = torch.Generator().manual_seed(0)
+    features, weights = torch.randn(40, 4, generator=generator), torch.randn(30, 4, generator=generator)
+    subset = torch.tensor([20, 3, 7, 11, 29, 0, 15])
+    chosen = torch.randint(0, 7, (40,), generator=generator)
+    expected = {f"top{k}": dense_recall(features @ weights[subset].T, F.one_hot(chosen, 7).bool(), k) for k in (1, 5)}
+    assert zero_shot(features, weights, subset[chosen], subset=subset) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="every target among the 7 classes of the subset, 1 are not"):
+        zero_shot(features[:2], weights, torch.tensor([20, 4]), subset=subset)
+
+
+@pytest.mark.parametrize("scores_at_a_time", [1, 200, 1 << 24])
+@pytest.mark.parametrize("ties", [False, True])
+def test_retrieval_is_what_sorting_says(monkeypatch, scores_at_a_time, ties):
+    """Three captions an image, in mixed order."""
+    monkeypatch.setattr(metrics, "SCORES", scores_at_a_time)
+    generator = torch.Generator().manual_seed(1)
+    make = small if ties else (lambda shape, generator: torch.randn(shape, generator=generator))
+    image, text = make((30, 4), generator), make((90, 4), generator)
+    owner = torch.arange(30).repeat(3)[torch.randperm(90, generator=generator)]
+    right = torch.arange(30)[:, None] == owner
+    expected = {}
+    for k in (1, 5, 10):
+        expected[f"image_to_text_R@{k}"] = dense_recall(image @ text.T, right, k)
+        expected[f"text_to_image_R@{k}"] = dense_recall(text @ image.T, right.T, k)
+    assert retrieval(image, text, torch.arange(30), owner) == pytest.approx(expected)
+    assert len(set(expected.values())) == 6
+
+
+def test_retrieval_of_pairs():
+    features = F.normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    assert set(retrieval(features, features).values()) == {1.0}
+    shifted = retrieval(features, features.roll(1, 0), ks=[1, 50])
+    assert shifted == {"image_to_text_R@1": 0, "image_to_text_R@50": 1, "text_to_image_R@1": 0, "text_to_image_R@50": 1}
+    with pytest.raises(ValueError, match="got 50 images and 49 texts"):
+        retrieval(features, features[1:])
+    with pytest.raises(ValueError, match="a right answer for every query"):
+        retrieval(features, features, torch.arange(50), torch.arange(50).clamp(max=48))
+
+
+def test_features_that_are_not_finite_are_refused():
+    features = torch.randn(5, 8)
+    features[3, 2] = torch.nan
+    for call in (lambda: retrieval(features, features), lambda: zero_shot(features, torch.randn(4, 8), torch.zeros(5).long())):
+        with pytest.raises(ValueError, match="expected finite features"):
+            call()
+
+
+def test_retrieval_never_holds_all_scores(monkeypatch):
+    monkeypatch.setattr(metrics, "SCORES", 1000)
+    largest = 0
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    features = torch.randn(300, 4)
+    with Watch():
+        retrieval(features, features)
+    assert 300 * 4 <= largest <= 4 * 300
+
+
+# ---- a model's classifier ----------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_normalised_averaged_and_normalised(model):
+    names, templates = ["cat", "dog", "{x}"], ["a photo of a {}.", "{}", "the {}, a {}"]
+    rows = []
+    for name in names:
+        mean = torch.stack([reference_text(model, template.replace("{}", name)) for template in templates]).mean(0)
+        rows.append(mean / mean.norm())
+    torch.testing.assert_close(zero_shot_weights(model, names, templates), torch.stack(rows), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="expected '{}' in every template, .* got 'a photo'"):
+        zero_shot_weights(model, names, ["a photo"])
+    with pytest.raises(ValueError, match="got 0 names and 1 templates"):
+        zero_shot_weights(model, [])
+
+
+def test_texts_are_encoded_in_chunks_and_the_mode_comes_back(model):
+    texts = [caption(number) for number in range(7)]
+    model.train()
+    features = encode_texts(model, texts, batch_size=3)
+    assert model.training and model.visual.training and not features.requires_grad
+    model.eval()
+    torch.testing.assert_close(features, torch.stack([reference_text(model, text) for text in texts]), atol=1e-5, rtol=1e-5)
+
+
+def test_classify_is_the_softmax_of_scaled_cosines(model):
+    texts = ["red", "green", "blue"]
+    pixels = torch.stack([PREPROCESS(png(number)) for number in (1, 40)])
+    with torch.no_grad():
+        expected = model(pixels, tokenize(texts))[0].softmax(-1)
+    torch.testing.assert_close(classify(model, pixels, texts), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="text 2 of 3 is empty"):
+        classify(model, pixels, ["red", " ", "blue"])
+    with pytest.raises(RuntimeError, match="too long for context length 77"):
+        classify(model, pixels, ["word " * 500])
+
+
+# ---- sources -----------------------------------------------------------------------------------------------------------------
+
+
+def write_folders(root) -> dict[str, list[int]]:
+    classes = {"n01": [3, 60, 200], "n02": [9, 100], "n03": [150]}
+    for name, members in classes.items():
+        (root / name).mkdir(parents=True)
+        for number in members:
+            (root / name / f"{number}.png").write_bytes(png(number))
+    return classes
+
+
+@pytest.mark.parametrize("given", [None, {"n02": "green", "n01": "red", "n03": "blue", "n04": "grey"}])
+def test_zero_shot_on_a_folder_of_classes(model, tmp_path, given):
+    folders = write_folders(tmp_path)
+    names = given or {name: name for name in folders}
+    weights = torch.stack([reference_text(model, f"a {name}") for name in names.values()])
+    features = torch.stack([reference_image(model, png(number)) for members in folders.values() for number in members])
+    targets = torch.tensor([list(names).index(name) for name, members in folders.items() for _ in members])
+    expected = {f"top{k}": dense_recall(features @ weights.T, F.one_hot(targets, len(names)).bool(), k) for k in (1, 5)}
+    got = zero_shot_source(model, PREPROCESS, read_folder(tmp_path), given, ["a {}"], batch_size=4)
+    assert got == pytest.approx(expected | {"images": 6, "classes": len(names)})
+    with pytest.raises(ValueError, match=r"every class among the 1 given, got \['n02', 'n03'\]"):
+        zero_shot_source(model, PREPROCESS, read_folder(tmp_path), {"n01": "red"})
+
+
+def test_zero_shot_on_shards_with_class_numbers(model, tmp_path):
+    numbers = {"a": 2, "b": 0, "c": 2, "d": 1}
+    files = {}
+    for place, (key, number) in enumerate(numbers.items()):
+        files |= {f"{key}.png": png(60 * place), f"{key}.cls": str(number).encode()}
+    write_tar(tmp_path / "0.tar", files)
+    names = ["red", "green", "blue"]
+    features = torch.stack([reference_image(model, png(60 * place)) for place in range(4)])
+    weights = torch.stack([reference_text(model, f"a photo of a {name}.") for name in names])
+    right = F.one_hot(torch.tensor(list(numbers.values())), 3).bool()
+    source = DataConfig(str(tmp_path / "0.tar")).open()
+    got = zero_shot_source(model, PREPROCESS, source, {name: name for name in names})
+    assert got == pytest.approx({"top1": dense_recall(features @ weights.T, right, 1), "top5": 1, "images": 4, "classes": 3})
+    unlabelled = DataConfig(write_shards(tmp_path / "unlabelled")).open()
+    with pytest.raises(ValueError, match="expected the class of every image .* but 0000 has none"):
+        zero_shot_source(model, PREPROCESS, unlabelled)
+
+
+@pytest.mark.parametrize("form", ["table", "shards"])
+def test_retrieval_on_a_source(model, tmp_path, form):
+    captions = {number: [caption(number), f"drawing {number * 3}"] for number in (5, 80, 30, 222)}
+    if form == "table":
+        lines = [f"{number}.png,{text}" for turn in (0, 1) for number, texts in captions.items() for text in [texts[turn]]]
+        (tmp_path / "t.csv").write_text("path,caption\n" + "\n".join(lines))
+        for number in captions:
+            (tmp_path / f"{number}.png").write_bytes(png(number))
+        source = read_table(tmp_path / "t.csv")
+    else:
+        files = {}
+        for number, texts in captions.items():
+            files |= {f"{number}.png": png(number), f"{number}.txt": "\n".join(texts).encode()}
+        write_tar(tmp_path / "0.tar", files)
+        source = DataConfig(str(tmp_path / "0.tar")).open()
+    image = torch.stack([reference_image(model, png(number)) for number in captions])
+    text = torch.stack([reference_text(model, text) for texts in captions.values() for text in texts])
+    right = torch.arange(4)[:, None] == torch.arange(4).repeat_interleave(2)
+    got = retrieval_source(model, PREPROCESS, source)
+    assert (got.pop("images"), got.pop("captions")) == (4, 8)
+    assert got["image_to_text_R@1"] == pytest.approx(dense_recall(image @ text.T, right, 1))
+    assert got["text_to_image_R@1"] == pytest.approx(dense_recall(text @ image.T, right.T, 1))
+    assert got["image_to_text_R@10"] == got["text_to_image_R@5"] == 1
+
+
+# ---- features on disk --------------------------------------------------------------------------------------------------------
+
+
+def stored(out) -> tuple[list[str], np.ndarray]:
+    parts = sorted(out.glob("part_*.npy"))
+    keys = [json.loads(line)["key"] for part in parts for line in part.with_suffix(".jsonl").read_text().splitlines()]
+    return keys, np.concatenate([np.load(part) for part in parts])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_embed_writes_vectors_and_keys(model, tmp_path, dtype):
+    source = DataConfig(write_shards(tmp_path / "data")).open()
+    assert embed(model, PREPROCESS, source, tmp_path / "out", dtype=dtype, part_size=7, batch_size=3) == 4
+    keys, vectors = stored(tmp_path / "out")
+    assert keys == [f"{number:04}" for number in range(24)] and vectors.dtype == dtype
+    expected = torch.stack([reference_image(model, png(number)) for number in range(24)])
+    np.testing.assert_allclose(vectors, expected.numpy(), atol=1e-5 if dtype == "float32" else 1e-3)
+    assert [len(np.load(part)) for part in sorted((tmp_path / "out").glob("*.npy"))] == [7, 7, 7, 3]
+    line = json.loads((tmp_path / "out" / "part_00001.jsonl").read_text().splitlines()[0])
+    assert line == {"key": "0007", "caption": "picture 7"}
+
+
+def test_the_commands_read_a_folded_model(tmp_path, monkeypatch, capsys):
+    """`clipfast embed` and `eval` fold a ResNet's batch norms: the same vectors, the same accuracy."""
+    torch.manual_seed(0)
+    sizes = {"vision_layers": (1, 1, 1, 1), "vision_width": 16, "vision_patch_size": None}
+    model = CLIP(**(SIZES | sizes))
+    shake(model)
+    model.eval()
+    export(model, tmp_path / "m.safetensors")
+    write_folders(tmp_path / "data")
+    seen: list[bool] = []
+    encode = CLIP.encode_image
+
+    def watched(self, *args, **kwargs):
+        seen.append(any(isinstance(module, torch.nn.BatchNorm2d) for module in self.modules()))
+        return encode(self, *args, **kwargs)
+
+    monkeypatch.setattr(CLIP, "encode_image", watched)
+    given = [str(tmp_path / "data"), "--model", str(tmp_path / "m.safetensors"), "--device", "cpu"]
+    assert main(["embed", given[0], str(tmp_path / "out"), *given[1:]]) == 0
+    assert main(["eval", *given]) == 0
+    assert seen == [False, False]
+    keys, vectors = stored(tmp_path / "out")
+    assert len(keys) == 6
+    expected = torch.stack([reference_image(model, png(int(Path(key).stem))) for key in keys])
+    np.testing.assert_allclose(vectors, expected.numpy(), atol=1e-5)
+    top1 = zero_shot_source(model, PREPROCESS, read_folder(tmp_path / "data"))["top1"]
+    assert f"{top1:8.2%}" in capsys.readouterr().out
+
+
+def test_an_interrupted_embed_goes_on(model, tmp_path, monkeypatch):
+    source = DataConfig(write_table(tmp_path / "data")).open()
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    embed(model, PREPROCESS, source, whole, part_size=5)
+    encode, calls = model.encode_image, []
+
+    def counted(pixels, normalize=False):
+        calls.append(len(pixels))
+        if sum(calls) > 12:
+            raise KeyboardInterrupt
+        return encode(pixels, normalize)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model, "encode_image", counted)
+        embed(model, PREPROCESS, source, out, part_size=5)
+    names = {path.name for path in out.iterdir()}
+    assert names == {"embed.json", *(f"part_0000{n}.{kind}" for n in (0, 1) for kind in ("npy", "jsonl"))}
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            model, "encode_image", lambda pixels, normalize: (calls.append(len(pixels)), encode(pixels, normalize))[1]
+        )
+        embed(model, PREPROCESS, source, out, part_size=5)
+    assert sum(calls) == 24 - 10
+    assert stored(out)[0] == stored(whole)[0] and np.array_equal(stored(out)[1], stored(whole)[1])
+    with pytest.raises(ValueError, match="expected to go on with .*'part_size': 5.* got .*'part_size': 6"):
+        embed(model, PREPROCESS, source, out, part_size=6)
+
+
+def test_embed_skips_what_is_corrupt_and_says_so(model, tmp_path, caplog):
+    where = write_shards(tmp_path / "data", replace={"0003.png": b"broken"})
+    with caplog.at_level(logging.WARNING):
+        embed(model, PREPROCESS, DataConfig(where).open(), tmp_path / "out", part_size=10)
+    keys, vectors = stored(tmp_path / "out")
+    assert len(keys) == len(vectors) == 23 and "0003" not in keys and "skipped 0003" in caplog.text
+    many = write_shards(tmp_path / "many", replace={f"{n:04}.png": b"broken" for n in range(5)})
+    with pytest.raises(ValueError, match="at most 10% unreadable samples, got 5 of 10, last 0004"):
+        embed(model, PREPROCESS, DataConfig(many).open(), tmp_path / "none", part_size=10)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match="expected dtype float16 or float32, got 'int8'"):
+        embed(model, PREPROCESS, DataConfig(where).open(), tmp_path / "none", dtype="int8")
+
+
+def test_samples_without_an_image_are_counted(model):
+    class Source:
+        parts = 1
+
+        def samples(self, *_, **__):
+            return iter([Sample("x", None, "text", {})])
+
+    with pytest.raises(ValueError, match="got 1 of 1, last x: expected an image"):
+        retrieval_source(model, PREPROCESS, Source())
+
+
+# ---- over ranks --------------------------------------------------------------------------------------------------------------
+
+
+class Others(Job):
+    """This process as each of several ranks in turn: what the earlier ones told is played to the later ones."""
+
+    def __init__(self, rank: int, world: int, told: list[list]) -> None:
+        super().__init__(rank, world, torch.device("cpu"))
+        self.told, self.calls = told, 0
+
+    def gather(self, value):
+        if self.calls == len(self.told):
+            self.told.append([])
+        told = self.told[self.calls]
+        told[self.rank : self.rank + 1] = [value]
+        self.calls += 1
+        for given in told:
+            if isinstance(given, Exception):
+                raise given
+        return told
+
+
+def over_ranks(measure, world: int) -> dict[str, float]:
+    """The last rank's result once all have told what they have; two passes, as what is told second depends on the first."""
+    told: list[list] = []
+    for _ in range(2):
+        for rank in range(world):
+            result = measure(Others(rank, world, told))
+    return result
+
+
+@pytest.mark.parametrize("world", [2, 5])
+@pytest.mark.parametrize("kind", ["shards", "table"])
+def test_retrieval_over_ranks_is_that_of_one(model, tmp_path, kind, world):
+    where = write_shards(tmp_path) if kind == "shards" else write_table(tmp_path)
+    if kind == "table":  # a second caption for some images, whose rows come to other ranks
+        with open(where, "a") as file:
+            file.write("".join(f"{n}.png,another {n}\n" for n in range(7)))
+    source = DataConfig(where).open()
+    alone = retrieval_source(model, PREPROCESS, source)
+    assert over_ranks(lambda job: retrieval_source(model, PREPROCESS, source, job=job), world) == alone
+    assert alone["captions"] == (24 if kind == "shards" else 31)
+
+
+@pytest.mark.parametrize("world", [2, 7])
+def test_zero_shot_over_ranks_is_that_of_one(model, tmp_path, world):
+    for number in range(6):
+        (tmp_path / f"class {number % 4}").mkdir(exist_ok=True)
+        (tmp_path / f"class {number % 4}" / f"{number}.png").write_bytes(png(number * 31))
+    source = read_folder(tmp_path)
+    alone = zero_shot_source(model, PREPROCESS, source)
+    assert over_ranks(lambda job: zero_shot_source(model, PREPROCESS, source, job=job), world) == alone
+    (tmp_path / "class 3" / "3.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="unreadable samples"):
+        over_ranks(lambda job: zero_shot_source(model, PREPROCESS, read_folder(tmp_path), job=job), world)

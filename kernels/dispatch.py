@@ -7,11 +7,9 @@ arguments; ``CLIPFAST_BACKEND`` or ``use`` forces one, which then runs or raises
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,28 +17,12 @@ import torch
 
 from clipfast.kernels import passed
 from clipfast.kernels.available import library
+from clipfast.kernels.forced import BACKENDS, forced, use
+
+__all__ = ["AUTOMATIC", "BACKENDS", "Backends", "NoBackend", "forced", "settled", "use"]
 
 # A CUDA C++ kernel counts only on a GPU that has passed it (passed.py); elsewhere it runs only when forced.
 AUTOMATIC = {"cpu": ("cpu", "onednn", "torch"), "cuda": ("cuda", "triton", "torch")}
-BACKENDS = ("cuda", "triton", "cpu", "torch", "onednn", "flash_attn", "xformers")
-
-_forced: list[str | None] = [os.environ.get("CLIPFAST_BACKEND") or None]
-
-
-@contextlib.contextmanager
-def use(backend: str) -> Iterator[None]:
-    """Run every op inside the ``with`` by this backend: ``cuda``, ``triton``, ``cpu``, ``torch`` or a library's name; or by its
-    ``reference``, plain PyTorch that can be differentiated any number of times."""
-    _forced.append(backend)
-    try:
-        yield
-    finally:
-        _forced.pop()
-
-
-def forced() -> str | None:
-    """The backend that ``use`` or ``CLIPFAST_BACKEND`` asks for, or None: the choice is automatic."""
-    return _forced[-1]
 
 
 def settled(x: torch.Tensor, own: str) -> bool | None:
@@ -49,7 +31,8 @@ def settled(x: torch.Tensor, own: str) -> bool | None:
     one somewhere."""
     if x.is_meta or torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type):
         return True  # what is exported depends neither on this machine nor on the batch
-    return _forced[-1] not in (own, "torch") if _forced[-1] else None
+    asked = forced()
+    return asked not in (own, "torch") if asked else None
 
 
 class NoBackend(RuntimeError):
@@ -88,11 +71,11 @@ class Backends:
     def choose(self, *args: Any) -> tuple[str, Any]:
         """Name and backend that run these arguments; NoBackend with every reason where none does."""
         device, reasons = args[0].device, []
-        asked = "torch" if forced() == "reference" else forced()
-        for name in (asked,) if asked else AUTOMATIC.get(device.type, ("torch",)):
+        asked = forced()
+        for name in ("torch" if asked == "reference" else asked,) if asked else AUTOMATIC.get(device.type, ("torch",)):
             backend = self.backend(name)
             reason = backend if isinstance(backend, str) else backend.supports(*args)
-            if reason is None and name == "cuda" and not forced():
+            if reason is None and name == "cuda" and not asked:
                 reason = passed.lacks(self.name, device)
             if reason is None:
                 return name, backend

@@ -218,8 +218,6 @@ def test_forced_backend_runs_or_says_why_not() -> None:
     given = arguments("mlp", "quick C64", torch.float64, "cpu")
     with dispatch.use("cpu"), pytest.raises(RuntimeError, match="mlp on cpu: no backend runs this .cpu: expected float32"):
         kernels.mlp(**given)
-    with dispatch.use("fast"), pytest.raises(RuntimeError, match="fast: expected one of cuda, triton, cpu, torch"):
-        kernels.mlp(**given)
     kernels.mlp(**given)  # the choice is automatic again
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipfast.kernels.contrastive import OP as CONTRASTIVE
 from clipfast.kernels.contrastive import check_features, check_scalar, inner, scaled, wide
@@ -300,85 +300,3 @@ def _counts(labels: Tensor, wanted: Tensor) -> Tensor:
     """How often each of ``wanted`` [k] occurs among ``labels``."""
     ordered = labels.sort()[0]
     return torch.searchsorted(ordered, wanted, right=True) - torch.searchsorted(ordered, wanted)
-
-
-def _group(module: str, rank: int, world_size: int) -> dist.ProcessGroup | None:
-    """All processes, for a module that was told of several."""
-    if world_size == 1:
-        return None
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError(
-            f"{module}: expected torch.distributed initialised for world_size {world_size}, it is not; call "
-            "torch.distributed.init_process_group first"
-        )
-    if (dist.get_rank(), dist.get_world_size()) != (rank, world_size):
-        raise ValueError(
-            f"{module}: expected rank {dist.get_rank()} of {dist.get_world_size()}, as torch.distributed has it, "
-            f"got rank {rank} of {world_size}; pass those"
-        )
-    return dist.group.WORLD
-
-
-class ClipLoss(nn.Module):
-    """``clip_loss`` with the constructor and the call of open_clip 3.3's ``ClipLoss``.
-
-    ``local_loss``, ``gather_with_grad`` and ``cache_labels`` choose variants of the same loss; they are accepted and change
-    nothing: every block of similarities is computed once in the job, and gradients are those of the whole batch. With
-    ``world_size`` above 1 the batch is that of all processes of ``torch.distributed``, and every rank returns the whole loss.
-    """
-
-    def __init__(
-        self,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
-    ) -> None:
-        super().__init__()
-        if use_horovod:
-            raise ValueError("ClipLoss: expected use_horovod False, got True; use torch.distributed")
-        self.rank, self.world_size = rank, world_size
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """The loss [], or {"contrastive_loss": loss}. A bias common to all logits cancels in the softmax and is left out."""
-        group = _group("ClipLoss", self.rank, self.world_size)
-        loss = clip_loss(image_features, text_features, logit_scale, group=group)
-        return {"contrastive_loss": loss} if output_dict else loss
-
-
-class SigLipLoss(nn.Module):
-    """``siglip_loss`` with the constructor and the call of open_clip 3.3's ``SigLipLoss``.
-
-    ``cache_labels`` and ``dist_impl`` choose how the same loss is computed; they are accepted and change nothing. With
-    ``world_size`` above 1 every rank returns the loss of the whole batch, where open_clip's return shares of it, whose mean it
-    is; the gradients' mean is the same.
-    """
-
-    def __init__(self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None) -> None:
-        super().__init__()
-        if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
-            raise ValueError(f"SigLipLoss: expected dist_impl bidir, shift, reduce, gather or None, got {dist_impl!r}")
-        self.rank, self.world_size = rank, world_size
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """The loss [], or {"contrastive_loss": loss}."""
-        group = _group("SigLipLoss", self.rank, self.world_size)
-        bias = 0.0 if logit_bias is None else logit_bias
-        loss = siglip_loss(image_features, text_features, logit_scale, bias, group=group)
-        return {"contrastive_loss": loss} if output_dict else loss

@@ -176,3 +176,19 @@ class Returned:
         self._land()
         if self.landed:
             own += torch.cat(self.landed)
+
+
+class Gathered(torch.autograd.Function):
+    """[n, D] -> [ranks, n, D] over all processes, n the same on each; backward the sum over the ranks."""
+
+    @staticmethod
+    def forward(ctx, own: Tensor, size: int) -> Tensor:
+        whole = own.new_empty(size, *own.shape)
+        all_gather(whole.flatten(0, 1), own.contiguous())
+        return whole
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        own = grad.new_empty(grad.shape[1:])
+        reduce_scatter(own, grad.contiguous().flatten(0, 1))
+        return own, None

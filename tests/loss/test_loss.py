@@ -100,6 +100,113 @@ def test_modules_take_what_open_clip_takes() -> None:
         SigLipLoss(dist_impl="ring")
 
 
+class Margin:
+    """A method that people override: the pair's own logit is lowered."""
+
+    def get_logits(self, image_features, text_features, logit_scale, logit_bias=None):
+        per_image, per_text = super().get_logits(image_features, text_features, logit_scale, logit_bias)
+        return per_image - 2 * torch.eye(*per_image.shape), per_text - 2 * torch.eye(*per_text.shape)
+
+
+class Smoothed:
+    def get_ground_truth(self, device, num_logits):
+        return F.one_hot(super().get_ground_truth(device, num_logits)) * 0.9 + 0.1 / num_logits
+
+
+class Distilled:
+    """A forward of its own, which calls both methods."""
+
+    def forward(self, image, text, scale, output_dict=False):
+        logits, teacher = self.get_logits(image, text, scale), self.get_logits(image.detach().flip(1), text.detach(), 3.0)
+        labels, both = self.get_ground_truth(image.device, len(image)), zip(logits, teacher, strict=True)
+        return sum(F.cross_entropy(s, labels) - (t.softmax(1) * s.log_softmax(1)).sum() for s, t in both)
+
+
+class Weighted:
+    """A forward around the class's: no matrix."""
+
+    def forward(self, *args, **options):
+        return 3 * super().forward(*args, **options)
+
+
+class Shifted:
+    def get_logits(self, image_features, text_features, logit_scale, logit_bias=None):
+        return super().get_logits(image_features, text_features, logit_scale, logit_bias) + 0.5
+
+
+class OnlyNegatives:
+    def get_ground_truth(self, device, dtype, num_logits, negative_only=False):
+        return super().get_ground_truth(device, dtype, num_logits, negative_only=True)
+
+
+class Halved:
+    def _loss(self, *args, **options):
+        return super()._loss(*args, **options) / 2
+
+
+def subclass(mixin: type, base: type, **options: Any) -> Any:
+    return type(mixin.__name__, (mixin, base), {})(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "mixin"),
+    [("clip", m) for m in (Margin, Smoothed, Distilled, Weighted)]
+    + [("siglip", m) for m in (Shifted, OnlyNegatives, Halved, Weighted)],
+)
+def test_subclasses_are_open_clips(name: str, mixin: type, recwarn: pytest.WarningsRecorder) -> None:
+    """Told once, and only where the matrix is made."""
+    given, (ours, theirs) = arguments(name, 7, 10.0), (subclass(mixin, base) for base in LOSSES[name][2:4])
+    for _ in range(2):
+        loss, grads = gradients(ours, *given)
+    expected, expected_grads = gradients(theirs, *given)
+    exactly = dict(rtol=1e-5, atol=1e-6) if mixin is Weighted else dict(rtol=0, atol=0)
+    for got, wanted in zip((loss, *grads), (expected, *expected_grads), strict=True):
+        torch.testing.assert_close(got, wanted, **exactly)
+    told = [w for w in recwarn if "makes the matrix of all logits" in str(w.message)]
+    assert len(told) == (mixin is not Weighted)
+    assert all(mixin.__name__ in str(w.message) and "Loss itself makes none" in str(w.message) for w in told)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+def test_chunks_of_a_subclass_sum_to_the_whole(chunk: int) -> None:
+    given = arguments("siglip", 7, 10.0)
+    with pytest.warns(UserWarning, match="Shifted makes the matrix"):
+        found = [gradients(subclass(Shifted, SigLipLoss, chunk_size=size), *given) for size in (0, chunk)]
+    for whole, parts in zip((found[0][0], *found[0][1]), (found[1][0], *found[1][1]), strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(SigLipLoss(chunk_size=chunk)(*given), siglip_loss(*given), rtol=0, atol=0)
+
+
+def test_modules_keep_open_clips_attributes() -> None:
+    for name, options in (
+        ("clip", dict(local_loss=True, gather_with_grad=True, cache_labels=True)),
+        ("siglip", dict(cache_labels=True, dist_impl="shift")),
+        ("siglip", {}),
+    ):
+        ours, theirs = (vars(base(**options)) for base in LOSSES[name][2:4])
+        assert theirs.items() <= ours.items()
+    module, device = ClipLoss(cache_labels=True), torch.device("cpu")
+    labels = module.get_ground_truth(device, 5)
+    assert module.get_ground_truth(device, 5) is labels is module.labels[device] and module.prev_num_logits == 5
+    assert module.get_ground_truth(device, 4).tolist() == [0, 1, 2, 3]
+    module.get_logits = lambda *args, **options: (torch.zeros(3, 3), torch.zeros(3, 3))  # on the module itself, too
+    with pytest.warns(UserWarning, match="ClipLoss makes the matrix"):
+        assert module(*arguments("clip", 3, 5.0)).item() == pytest.approx(math.log(3))
+
+
+def test_a_bias_has_a_gradient_of_zero_and_must_be_one_number() -> None:
+    """Of a vector, which does not cancel, nothing would be left; and DDP waits for every parameter's gradient."""
+    bias = torch.tensor([-3.0], requires_grad=True)
+    given = arguments("clip", 5, 10.0)
+    loss = ClipLoss()(*given, bias)
+    loss.backward()
+    assert bias.grad.tolist() == [0.0] and torch.equal(loss, clip_loss(*given))
+    with pytest.raises(ValueError, match=r"ClipLoss: expected a scalar logit_bias of shape \(\), got \(5,\)"):
+        ClipLoss()(*given, torch.ones(5))
+    with pytest.raises(ValueError, match="expected chunk_size of 0 .*, got -1"):
+        SigLipLoss(chunk_size=-1)
+
+
 @both
 def test_normalize(name: str) -> None:
     image, text, *scalars = arguments(name, 7, 10.0)

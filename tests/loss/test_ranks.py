@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.rivals import open_clip
 from clipfast.loss import ClipLoss, SigLipLoss, clip_loss, ranks, siglip_loss
-from tests.loss.test_loss import features
+from tests.loss.test_loss import Margin, Shifted, features, subclass
 
 WORLD, D = 8, 24
 EVEN, UNEVEN = [6] * WORLD, [5, 0, 9, 1, 7, 3, 8, 2]
@@ -60,6 +62,7 @@ def gradients(
 def job(rank: int, folder: str) -> None:
     """What one of the processes does; it leaves what it found in a file."""
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", ".*makes the matrix of all logits|.*all_gather is deprecated")  # the latter: open_clip's
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", WORLD), rank=rank, world_size=WORLD)
     groups = {size: dist.new_group(range(size)) for size in range(1, WORLD + 1)}
     found: dict[str, Any] = {}
@@ -70,12 +73,17 @@ def job(rank: int, folder: str) -> None:
             ranks.PART_BYTES = 4 * size * D * DTYPES[dtype].itemsize  # four rows of every rank: two and three parts
             own = [x.split(rows)[rank] for x in batch(rows, DTYPES[dtype])]
             found["-".join(map(str, case))] = gradients(loss, *own[:2], own[2] if labelled else None, groups[size])
-    for size, part in ((3, twice), (3, wrong), (4, traffic), (4, through_ddp), (WORLD, against_open_clip)):
+    for size, part in ((3, twice), (3, wrong), (4, traffic), (4, through_ddp), (WORLD, against_open_clip), (WORLD, subclasses)):
         if rank < size:
             found[part.__name__] = part(rank, groups[size])
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    if rank < 2:
+        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/two", 2), rank=rank, world_size=2)
+        torch.save(flags(rank), f"{folder}/flags {rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def traffic(rank: int, group: Any) -> dict[str, list[int]]:
@@ -161,6 +169,47 @@ def against_open_clip(rank: int, group: Any) -> dict[str, list[Tensor]]:
     return found
 
 
+def subclasses(rank: int, group: Any) -> dict[str, Any]:
+    """Losses and gradients of one subclass of each module and of open_clip's, and the error where a rank brings fewer rows."""
+    image, text, _ = (x.split(EVEN)[rank] for x in batch(EVEN, torch.float64))
+    told, found = dict(rank=rank, world_size=WORLD), {}
+    clip = [dict(local_loss=local, gather_with_grad=grad) for local in (False, True) for grad in (False, True)]
+    ours, theirs = (ClipLoss, SigLipLoss), (open_clip.loss.ClipLoss, open_clip.loss.SigLipLoss)
+    for kind, (mixin, options) in enumerate(((Margin, clip), (Shifted, [dict(), dict(chunk_size=4)]))):
+        for option in options:
+            made = []
+            for base, extra in ((ours[kind], option), (theirs[kind], {k: v for k, v in option.items() if k != "chunk_size"})):
+                leaves = [x.detach().clone().requires_grad_() for x in (image, text, torch.tensor(9.0), torch.tensor(-3.0))]
+                value = subclass(mixin, base, **told, **extra)(*leaves)
+                value.backward()
+                made.append([value.detach().clone(), *(x.grad for x in leaves)])
+            found[f"{mixin.__name__} {option}"] = made
+        try:
+            subclass(mixin, ours[kind], **told)(image[rank == 1 :], text[rank == 1 :], 9.0, -3.0)
+        except ValueError as error:
+            found[f"uneven {mixin.__name__}"] = str(error)
+    return found
+
+
+FLAGS = {"default": {}, "local_loss": dict(local_loss=True), "both": dict(local_loss=True, gather_with_grad=True)}
+
+
+def flags(rank: int) -> dict[str, list[Tensor]]:
+    """The mean over 2 ranks, as DDP takes it, of the gradients in a tower's weights and in the scale: open_clip's, ours."""
+    inputs = [x.split([32, 32])[rank] for x in features(64, D, torch.float64)]
+    found = {}
+    for base in (open_clip.loss.ClipLoss, ClipLoss):
+        for name, options in FLAGS.items():
+            towers = linear_towers()
+            image, text, scale = towers(*inputs)
+            base(rank=rank, world_size=2, **options)(F.normalize(image), F.normalize(text), scale).backward()
+            grads = [towers.image.weight.grad, towers.text.weight.grad, towers.scale.grad]
+            for grad in grads:
+                dist.all_reduce(grad)
+            found[f"{base.__module__.partition('.')[0]} {name}"] = [grad / 2 for grad in grads]
+    return found
+
+
 def through_ddp(rank: int, group: Any) -> list[Tensor]:
     """Parameter gradients of two linear towers under DDP."""
     towers = DistributedDataParallel(linear_towers(), process_group=group)
@@ -182,11 +231,17 @@ class linear_towers(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What every rank found: one start of the processes for all tests, since importing torch eight times is what takes long."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the processes leave what they found: one start for all tests, since importing torch eight times takes long."""
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(job, (str(folder),), WORLD)
-    return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(WORLD)]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    """What every rank found."""
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
@@ -249,6 +304,40 @@ def test_ddp_gives_the_gradients_of_one_process(found: list[dict]) -> None:
     for rank in range(4):
         for got, parameter in zip(found[rank]["through_ddp"], towers.parameters(), strict=True):
             torch.testing.assert_close(got, parameter.grad, rtol=1e-9, atol=1e-13)
+
+
+def test_subclasses_equal_open_clips_over_ranks(found: list[dict]) -> None:
+    for rank in range(WORLD):
+        each = found[rank]["subclasses"]
+        for name in [name for name in each if not name.startswith("uneven")]:
+            for a, b in zip(*each[name], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9, msg=name)
+        for mixin in (Margin, Shifted):
+            assert "expected the same on every rank" in each[f"uneven {mixin.__name__}"]
+
+
+def test_the_gradient_is_whole_where_open_clips_flags_give_a_part(found: list[dict], folder: Path) -> None:
+    """Of the true gradient in a tower's weights, on 2 ranks with DDP's mean: open_clip's default flags give 1/2 exactly (each
+    rank lets it through its own rows only), ``local_loss`` alone 0.42 of its length in another direction, cosine 0.84 (of this
+    batch: it hangs on the features), ``local_loss`` with ``gather_with_grad`` the whole; ours the whole whatever the flags say.
+    In the scale all give the whole. So who changes the import from open_clip's defaults doubles the step of SGD in the towers
+    (on N ranks: N times)."""
+    towers = linear_towers()
+    image, text, scale = towers(*features(64, D, torch.float64))
+    clip_loss(image, text, scale, normalize=True).backward()
+    image, text, scale = (x.grad for x in (towers.image.weight, towers.text.weight, towers.scale))
+    whole = [(1.0, 1.0)] * 3
+    expected = {f"{home} {name}": whole for home in ("open_clip", "clipfast") for name in FLAGS}
+    expected["open_clip default"] = [(0.5, 1.0), (0.5, 1.0), (1.0, 1.0)]
+    expected["open_clip local_loss"] = [(0.418, 0.844), (0.412, 0.804), (1.0, 1.0)]
+    for rank in range(2):
+        got = torch.load(folder / f"flags {rank}.pt", weights_only=True)
+        assert got.keys() == expected.keys()
+        for name, grads in got.items():
+            for mine, true, (length, cosine) in zip(grads, (image, text, scale), expected[name], strict=True):
+                unit = 1e-3 if name == "open_clip local_loss" else 1e-9
+                assert (mine.norm() / true.norm()).item() == pytest.approx(length, abs=unit), name
+                assert ((mine * true).sum() / (mine.norm() * true.norm())).item() == pytest.approx(cosine, abs=unit), name
 
 
 def nccl_job(rank: int, size: int, folder: str) -> None:

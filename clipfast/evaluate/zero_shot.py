@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,21 +19,45 @@ from clipfast.model import CLIP
 from clipfast.train.job import ALONE, Job
 
 TEMPLATES = ("a photo of a {}.",)
+PLACE = re.compile(r"\{[0c]?\}")  # {}, {0} or {c}, where the class name goes
+Template: TypeAlias = str | Callable[[str], str]
 
 
 def zero_shot_weights(
     model: CLIP,
     class_names: Sequence[str],
-    templates: Sequence[str] = TEMPLATES,
+    templates: Sequence[Template] | Template = TEMPLATES,
+    batch_size: int = 256,
 ) -> Tensor:
-    """Classifier [classes, D]: each name in every template ("... {} ..."), features normalised, averaged, normalised again."""
-    if not class_names or not templates:
+    """Classifier [classes, D]: each name in every template, features normalised, averaged, normalised again.
+
+    `templates`: text with a place for the name, {}, {0} or {c}, or functions of the name, as open_clip's lists have them.
+    `batch_size`: prompts at a time.
+    """
+    if isinstance(class_names, str):
+        raise TypeError(f"expected a sequence of class names, got the text {class_names!r}; pass [{class_names!r}]")
+    templates = [templates] if isinstance(templates, str) or callable(templates) else list(templates)
+    if not len(class_names) or not templates:
         raise ValueError(f"expected class names and templates, got {len(class_names)} names and {len(templates)} templates")
-    if bad := [template for template in templates if "{}" not in template]:
-        raise ValueError(f"expected '{{}}' in every template, where the class name goes, got {bad[0]!r}")
-    prompts = [template.replace("{}", name) for name in class_names for template in templates]
-    features = encode_texts(model, prompts).view(len(class_names), len(templates), -1)
+    if bad := [name for name in class_names if not isinstance(name, str)]:
+        raise TypeError(f"expected text as class names, got {bad[0]!r}")
+    prompts = [prompt(template, name) for name in class_names for template in templates]
+    features = encode_texts(model, prompts, batch_size=batch_size).view(len(class_names), len(templates), -1)
     return torch.nn.functional.normalize(features.mean(1), dim=-1)
+
+
+def prompt(template: Template, name: str) -> str:
+    """The template with the name in every place; a name's own braces are left alone."""
+    if not isinstance(template, str):
+        if not callable(template):
+            raise TypeError(f"expected a template as text or a function, got {type(template).__name__}")
+        if not isinstance(made := template(name), str):
+            raise TypeError(f"expected a template that gives text, got {made!r} for {name!r}")
+        return made
+    made, places = PLACE.subn(lambda _: name, template)
+    if not places:
+        raise ValueError(f"expected a place for the class name, {{}}, {{0}} or {{c}}, in every template, got {template!r}")
+    return made
 
 
 def classify(model: CLIP, pixels: Tensor, texts: Sequence[str]) -> Tensor:
@@ -70,7 +95,7 @@ def zero_shot_source(
     preprocess: Preprocess,
     source: Source,
     classes: dict[str, str] | None = None,
-    templates: Sequence[str] = TEMPLATES,
+    templates: Sequence[Template] | Template = TEMPLATES,
     job: Job = ALONE,
     **reading: Any,
 ) -> dict[str, float]:

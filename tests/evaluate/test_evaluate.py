@@ -2,12 +2,15 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor
 
 from clipfast.cli import main
@@ -159,10 +162,42 @@ def test_prompts_are_normalised_averaged_and_normalised(model):
         mean = torch.stack([reference_text(model, template.replace("{}", name)) for template in templates]).mean(0)
         rows.append(mean / mean.norm())
     torch.testing.assert_close(zero_shot_weights(model, names, templates), torch.stack(rows), atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="expected '{}' in every template, .* got 'a photo'"):
-        zero_shot_weights(model, names, ["a photo"])
-    with pytest.raises(ValueError, match="got 0 names and 1 templates"):
-        zero_shot_weights(model, [])
+    others = ["a photo of a {0}.", lambda name: name, "the {c}, a {}"]
+    for batch_size in (256, 2):
+        again = zero_shot_weights(model, tuple(names), others, batch_size)
+        torch.testing.assert_close(again, torch.stack(rows), atol=1e-5, rtol=1e-5)
+    for one in ("{}", str):
+        torch.testing.assert_close(zero_shot_weights(model, names, one), zero_shot_weights(model, names, ["{}"]))
+
+
+def test_the_classifier_is_open_clips(model):
+    """The functions of its list of templates, and its loop."""
+    names, templates = ["golden retriever", "café"], OPENAI_IMAGENET_TEMPLATES[:5]
+    expected = open_clip.build_zero_shot_classifier(model, open_clip.get_tokenizer("ViT-B-32"), names, templates)
+    torch.testing.assert_close(zero_shot_weights(model, names, templates), expected.T, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("names", "templates", "error", "message"),
+    [
+        (
+            ["cat"],
+            ["{}", "a photo"],
+            ValueError,
+            "a place for the class name, {}, {0} or {c}, in every template, got 'a photo'",
+        ),
+        (["cat"], ["a {name}"], ValueError, "{}, {0} or {c}, in every template, got 'a {name}'"),
+        ([], ["{}"], ValueError, "class names and templates, got 0 names and 1 templates"),
+        (["cat"], [], ValueError, "class names and templates, got 1 names and 0 templates"),
+        ("cat", ["{}"], TypeError, "a sequence of class names, got the text 'cat'; pass ['cat']"),
+        (["cat", 3], ["{}"], TypeError, "text as class names, got 3"),
+        (["cat"], [b"{}"], TypeError, "a template as text or a function, got bytes"),
+        (["cat"], [len], TypeError, "a template that gives text, got 3 for 'cat'"),
+    ],
+)
+def test_bad_names_and_templates(model, names, templates, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        zero_shot_weights(model, names, templates)
 
 
 def test_texts_are_encoded_in_chunks_and_the_mode_comes_back(model):

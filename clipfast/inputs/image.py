@@ -1,11 +1,16 @@
-"""Images -> the pixels that CLIP takes: OpenAI's transform, bit for bit, without torchvision; for training, a quicker way."""
+"""Images -> the pixels that a checkpoint takes: its library's transform, without torchvision; for training, a quicker way."""
 
 from __future__ import annotations
 
+import importlib
 import io
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import KW_ONLY, MISSING, dataclass, fields
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +20,27 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from clipfast.inputs.processors import MEAN, STD, open_clip_fields, timm_fields, transformers_fields
+from clipfast.inputs.steps import (
+    BICUBIC,  # noqa: F401 - clip.clip.BICUBIC
+    INTERPOLATIONS,
+    CenterCrop,
+    Normalize,
+    Resize,
+    ResizeKeepRatio,
+    ToTensor,
+    _convert_image_to_rgb,
+    as_rgb,
+)
+
 try:
     import simplejpeg
 except ImportError:
     simplejpeg = None
 
-# Mean and deviation of each channel over CLIP's training images, on a scale of 0 to 1.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 JPEG = b"\xff\xd8\xff"  # how a JPEG begins
+# What is opened, by Pillow's own decoders. Never all that Pillow knows: an EPS under any name would start Ghostscript.
+FORMATS = ("Jpeg", "Png", "WebP", "Bmp", "Gif", "Tiff", "Ppm", "Avif", "Jpeg2K", "Ico")
 
 
 def read_image(source: Any, at_least: int = 0) -> Image.Image:
@@ -95,14 +112,25 @@ def _contents(source: Any) -> tuple[str, bytes]:
         raise OSError(f"{name}: the image cannot be read: {error.strerror}") from None
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    """Pillow's names of FORMATS, as far as it has them here. Asked for another it would import every plug-in that it has."""
+    found: dict[str, None] = {}
+    for name in FORMATS:
+        with suppress(ImportError):
+            plugin = importlib.import_module(f"PIL.{name}ImagePlugin")
+            found |= {key: None for key, (make, _) in Image.OPEN.items() if make.__module__ == plugin.__name__}
+    return tuple(found)
+
+
 def _decode(name: str, data: bytes, at_least: int) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_formats())
         if at_least:
             image.draft(None, (at_least, at_least))
         image.load()  # here, so that a truncated file is named
     except UnidentifiedImageError:
-        raise OSError(f"{name}: expected an image that Pillow reads (JPEG, PNG, WebP, ...), got something else") from None
+        raise OSError(f"{name}: expected an image ({', '.join(_formats())}), got something else") from None
     except Exception as error:  # whatever a decoder meets in a broken file: also SyntaxError, RuntimeError, its bomb error
         raise OSError(f"{name}: the image cannot be read: {error}") from None
     return image
@@ -123,21 +151,122 @@ def _from_array(source: np.ndarray | Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """In RGB: the image itself where it is already, which Pillow's convert would copy (4 % of a photo of 500 x 375)."""
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
+@dataclass(frozen=True, repr=False)
 class Preprocess:
-    """OpenAI's transform: shorter side to R by Pillow's bicubic filter, centre crop, RGB (alpha dropped), normalised.
+    """The transform of a checkpoint. ``Preprocess(R)`` is OpenAI's, bit for bit: shorter side to R by Pillow's bicubic filter,
+    centre crop, RGB (alpha dropped), normalised.
 
-    ``preprocess(image)`` takes whatever ``read_image`` takes and gives float32 [3, R, R]; a sequence of images, or an array
-    [B, H, W, 3], gives [B, 3, R, R].
+    ``preprocess(image)`` takes whatever ``read_image`` takes and gives float32 [3, height, width]; a sequence of images, or an
+    array [B, H, W, 3], gives [B, 3, height, width].
+
+    ``from_open_clip``, ``from_timm`` and ``from_transformers`` read a checkpoint's configuration. They are equal to open_clip's
+    and timm's transforms bit for bit, to transformers' Pillow processors to the rounding of float32 (the same 8 bits), and to
+    its torchvision processors, whose filter is another implementation, within 1/255 of each pixel's range.
+
+    resolution: side of the result, or (height, width).
+    mean, std: of each channel, on a scale of 0 to 1.
+    interpolation: Pillow's filter: nearest, bilinear, bicubic, box, hamming or lanczos.
+    resize: "shortest" (the image covers the size, the rest is cropped), "longest" (it lies within, `fill` around it), "squash".
+    fill: value of all channels, or (red, green, blue), from 0 to 255.
+    crop: share of the resized image's side that is cropped: timm's crop_pct.
+    antialias: False takes torch's filter without it, equal to torchvision's on tensors of uint8 (bilinear and bicubic).
+    rgb_first: converts to RGB before it resizes, as timm and transformers do: other pixels for a palette or alpha.
+    round_down: how transformers crops where the rest is odd.
     """
 
-    def __init__(self, resolution: int) -> None:
-        self.resolution = resolution
-        self._mean, self._std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    resolution: int | tuple[int, int]
+    _: KW_ONLY
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+    interpolation: str = "bicubic"
+    resize: str = "shortest"
+    fill: int | tuple[int, int, int] = 0
+    crop: float = 1.0
+    antialias: bool = True
+    rgb_first: bool = False
+    round_down: bool = False
+
+    def __post_init__(self) -> None:
+        size = (self.resolution,) * 2 if isinstance(self.resolution, int) else tuple(self.resolution)
+        given: dict[str, Any] = {"resolution": size[0] if size[0] == size[-1] else size}
+        given |= {name: _channels(name, getattr(self, name)) for name in ("mean", "std")}
+        if not isinstance(self.fill, int):
+            given["fill"] = tuple(self.fill)
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+        for name, valid, wanted in (
+            ("resolution", len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size), "pixels, or (height, width)"),
+            ("std", all(self.std), "no zero"),
+            ("interpolation", self.interpolation in INTERPOLATIONS, ", ".join(INTERPOLATIONS)),
+            ("resize", self.resize in ("shortest", "longest", "squash"), "shortest, longest or squash"),
+            ("fill", isinstance(self.fill, int) or (len(self.fill) == 3 and self.rgb_first), "a value; three need rgb_first"),
+            ("crop", self.crop > 0, "a share above 0"),
+            ("antialias", self.antialias or self.interpolation in ("nearest", "bilinear", "bicubic"), "True for this filter"),
+        ):
+            if not valid:
+                raise ValueError(f"expected {name} of a transform: {wanted}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def from_open_clip(cls, preprocess_cfg: Mapping[str, Any]) -> Preprocess:
+        """open_clip's transform, bit for bit. preprocess_cfg: of open_clip_config.json; without a size it means 224.
+
+        ValueError names a field that asks for something else.
+        """
+        return cls(**open_clip_fields(preprocess_cfg))
+
+    @classmethod
+    def from_timm(cls, pretrained_cfg: Mapping[str, Any]) -> Preprocess:
+        """timm's transform for evaluation, bit for bit, on images that are converted to RGB first, as its data sets are.
+
+        ValueError names a field that asks for something else.
+        """
+        return cls(**timm_fields(pretrained_cfg))
+
+    @classmethod
+    def from_transformers(cls, preprocessor_config: Mapping[str, Any]) -> Preprocess:
+        """The transform of transformers' CLIP, ChineseCLIP, SigLIP or ViT processor. preprocessor_config: of that .json.
+
+        Equal to its Pillow processor to 1e-6; to its torchvision ("fast") processor, for bilinear and bicubic, to 1/255 of a
+        pixel's range. ValueError names a field that asks for something else.
+        """
+        return cls(**transformers_fields(preprocessor_config))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the result."""
+        return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
+
+    @property
+    def resized(self) -> tuple[int, int]:
+        """(height, width) that the image is resized to or about, of which the middle is cropped."""
+        return math.floor(self.size[0] / self.crop), math.floor(self.size[1] / self.crop)
+
+    @cached_property
+    def transforms(self) -> list[Callable[[Any], Any]]:
+        """The steps, as torchvision's Compose has them. A list that was changed is what runs from then on."""
+        return self._steps()
+
+    def _steps(self) -> list[Callable[[Any], Any]]:
+        geometry: list[Callable[[Any], Any]] = list(self._geometry)
+        geometry.insert(0 if self.rgb_first else len(geometry), _convert_image_to_rgb)
+        return [*geometry, ToTensor(), Normalize(self.mean, self.std)]
+
+    @cached_property
+    def _geometry(self) -> tuple[Resize, CenterCrop] | tuple[Resize]:
+        size, filter = self.resized, INTERPOLATIONS[self.interpolation]
+        keep = {"shortest": 0.0, "longest": 1.0}.get(self.resize)
+        if keep is None:
+            resize = Resize(size, filter, antialias=self.antialias)
+        elif self.resize == "shortest" and size[0] == size[1]:
+            resize = Resize(size[0], filter, antialias=self.antialias)
+        else:
+            resize = ResizeKeepRatio(size, filter, antialias=self.antialias, longest=keep)
+        exact = self.resize == "squash" and size == self.size
+        return (resize,) if exact else (resize, CenterCrop(self.size, self.fill, self.round_down))
+
+    @cached_property
+    def _mean_std(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
 
     def __call__(self, image: Any) -> Tensor:
         batch = isinstance(image, Sequence) and not isinstance(image, (str, bytes, bytearray))
@@ -148,20 +277,32 @@ class Preprocess:
         return self._one(image)
 
     def _one(self, source: Any) -> Tensor:
-        image, R = read_image(source), self.resolution
-        width, height = image.size
+        image = read_image(source)
         if 0 in image.size:
-            raise ValueError(f"expected an image with pixels, got {width} x {height}")
-        # The longer side is cut to a whole number of pixels, the crop's corner rounded, both as torchvision does.
-        size = (R, int(R * height / width)) if width <= height else (int(R * width / height), R)
-        if image.size != size:
-            image = image.resize(size, Image.Resampling.BICUBIC)
-        left, top = round((size[0] - R) / 2), round((size[1] - R) / 2)
-        pixels = np.array(as_rgb(image.crop((left, top, left + R, top + R))))
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255).sub_(self._mean).div_(self._std)
+            raise ValueError(f"expected an image with pixels, got {image.size[0]} x {image.size[1]}")
+        if "transforms" in self.__dict__ and repr(self.transforms) != repr(self._steps()):
+            changed: Any = image
+            for step in self.transforms:
+                changed = step(changed)
+            return changed
+        if self.rgb_first:
+            image = as_rgb(image)
+        for step in self._geometry:
+            image = step(image)
+        mean, std = self._mean_std
+        return ToTensor()(as_rgb(image)).sub_(mean).div_(std)
 
     def __repr__(self) -> str:
-        return f"Preprocess({self.resolution})"
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.default is not MISSING}
+        told = [f"{name}={value!r}" for name, value in given.items() if value != getattr(Preprocess, name)]
+        return f"Preprocess({', '.join([repr(self.resolution), *told])})"
+
+
+def _channels(name: str, value: Any) -> tuple[float, ...]:
+    values = tuple(map(float, value)) if isinstance(value, Sequence) else (float(value),) * 3
+    if len(values) != 3:
+        raise ValueError(f"expected {name} of a transform: a value for each of 3 channels, got {list(values)}")
+    return values
 
 
 def _transform(n_px: int) -> Preprocess:

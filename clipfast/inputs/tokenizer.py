@@ -13,9 +13,9 @@ import gzip
 import html
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import ftfy
 import regex
@@ -24,9 +24,20 @@ from tokenizers.models import BPE
 from torch import Tensor
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+MERGES = 49152 - 256 - 2  # of the vocabulary's: CLIP has room for them beside 256 bytes, the same ending a word, and START, END
 
 
-def byte_alphabet() -> dict[int, str]:
+# ---- the names of OpenAI's simple_tokenizer.py, with its values
+
+
+@cache
+def default_bpe() -> str:
+    """Path of the vocabulary."""
+    return str(Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz"))
+
+
+@lru_cache
+def bytes_to_unicode() -> dict[int, str]:
     """One printable character for each of the 256 bytes, in the order of the first 256 token ids.
 
     Printable Latin-1 stands for itself, the others for the characters from U+0100 on (the byte-level BPE of GPT-2).
@@ -34,6 +45,24 @@ def byte_alphabet() -> dict[int, str]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def get_pairs(word: Sequence[str]) -> set[tuple[str, str]]:
+    """Every two neighbours of a word's symbols."""
+    return set(zip(word, word[1:], strict=False))
+
+
+def basic_clean(text: str) -> str:
+    """Repaired by ftfy, HTML entities resolved twice, without white space at the ends."""
+    return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+
+
+def whitespace_clean(text: str) -> str:
+    """One space for each run of white space, none at the ends."""
+    return regex.sub(r"\s+", " ", text).strip()
+
+
+# ---- and the quick way to the same tokens
 
 
 def clean(text: str) -> str:
@@ -71,16 +100,22 @@ class SimpleTokenizer:
     `encoder` maps token strings to ids, `decoder` ids to token strings.
     """
 
-    def __init__(self) -> None:
-        with gzip.open(Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz"), "rt", encoding="utf-8") as file:
-            merges = [(left, right) for left, right in map(str.split, file.readlines()[1:])]  # line 0 is a heading
-        self.byte_encoder = byte_alphabet()
+    def __init__(self, bpe_path: str = default_bpe()) -> None:  # noqa: B008 - as OpenAI's: the name of a file
+        self._path = bpe_path
+        try:
+            with gzip.open(bpe_path, "rt", encoding="utf-8") as file:
+                lines = file.read().split("\n")[1 : MERGES + 1]  # line 0 is a heading
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise OSError(f"{bpe_path}: expected a gzip file of merges, a line each, got: {error}") from error
+        merges = [(left, right) for left, right in map(str.split, filter(None, lines))]
+        self.byte_encoder = bytes_to_unicode()
         self.byte_decoder = {character: byte for byte, character in self.byte_encoder.items()}
         self.merges = merges
         letters = list(self.byte_encoder.values())
         vocabulary = [*letters, *(x + "</w>" for x in letters), *(left + right for left, right in merges), START, END]
         self.encoder = {token: i for i, token in enumerate(vocabulary)}
         self.decoder = dict(enumerate(vocabulary))
+        self.cache = {START: START, END: END}  # of `bpe`
         self.pat = regex.compile(
             rf"{regex.escape(START)}|{regex.escape(END)}"
             r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
@@ -88,9 +123,49 @@ class SimpleTokenizer:
         )
         self._model = BPE(self.encoder, merges, end_of_word_suffix="</w>")
         self._words = _Words(self._encode_word)
+        self._made_of = self.pat, len(self.encoder)
 
-    def __reduce__(self) -> tuple[type["SimpleTokenizer"], tuple[()]]:
-        return SimpleTokenizer, ()  # a worker process reads the vocabulary again, rather than inherit the words met
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A worker process reads the vocabulary again, rather than inherit the words met."""
+        changed = {} if self._quick() else {name: getattr(self, name) for name in ("pat", "encoder", "decoder", "cache")}
+        return type(self), (self._path,), changed
+
+    @cached_property
+    def bpe_ranks(self) -> dict[tuple[str, str], int]:
+        """Place of each merge."""
+        return {merge: rank for rank, merge in enumerate(self.merges)}
+
+    def bpe(self, token: str) -> str:
+        """The tokens of a word in the characters of `byte_encoder`, a space between two; the last one ends in "</w>"."""
+        if token in self.cache:
+            return self.cache[token]
+        word = [*token[:-1], token[-1] + "</w>"]
+        if len(word) == 1:
+            return word[0]
+        while len(word) > 1:
+            first, second = min(get_pairs(word), key=lambda pair: self.bpe_ranks.get(pair, len(self.bpe_ranks)))
+            if (first, second) not in self.bpe_ranks:
+                break
+            merged: list[str] = []
+            for symbol in word:
+                if merged and merged[-1] is first and symbol == second:  # not one merged just now: "aaa" gives "aa a"
+                    merged[-1] = first + second
+                else:
+                    merged.append(first if symbol == first else symbol)
+            word = merged
+        self.cache[token] = " ".join(word)
+        return self.cache[token]
+
+    def _quick(self) -> bool:
+        """Whether nobody has added tokens, replaced the pattern or overridden `bpe`: they are what is to run then."""
+        own = type(self).bpe is SimpleTokenizer.bpe and "bpe" not in self.__dict__
+        return own and self._made_of == (self.pat, len(self.encoder))
+
+    def _as_changed(self, text: str) -> list[int]:
+        """OpenAI's way, through `pat`, `bpe` and `encoder` as they are now."""
+        words = self.pat.findall(whitespace_clean(basic_clean(text)).lower())
+        letters = ("".join([self.byte_encoder[byte] for byte in word.encode("utf-8")]) for word in words)
+        return [self.encoder[token] for word in letters for token in self.bpe(word).split(" ")]
 
     def _encode_word(self, word: str) -> bytes:
         """The int32 tokens of a text without white space, as bytes."""
@@ -106,6 +181,8 @@ class SimpleTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, of any length, without start and end tokens."""
+        if not self._quick():
+            return self._as_changed(text)
         return array("i", b"".join(map(self._words.__getitem__, clean(text).split()))).tolist()
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -116,14 +193,15 @@ class SimpleTokenizer:
 
     def rows(self, texts: Iterable[str], context_length: int, truncate: bool) -> list[bytes]:
         """Each text as one row of `tokenize`: int32 [context_length], as bytes."""
-        tokens = self._words.__getitem__
-        start, end = tokens(START), tokens(END)
+        tokens, quick = self._words.__getitem__, self._quick()
+        start, end = (array("i", [self.encoder[token]]).tobytes() for token in (START, END))
         width = len(start) * context_length
         rows = []
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f"expected a text or a sequence of texts, got a {type(text).__name__}: {text!r:.60}")
-            row = b"".join((start, *map(tokens, clean(text).split()), end))
+            found = map(tokens, clean(text).split()) if quick else [array("i", self._as_changed(text)).tobytes()]
+            row = b"".join((start, *found, end))
             if len(row) > width:
                 if not truncate:
                     raise RuntimeError(f"Input {text} is too long for context length {context_length}")

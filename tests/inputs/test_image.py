@@ -1,6 +1,7 @@
 """Images to pixels: what OpenAI's transform gives, bit for bit, from every kind of source."""
 
 import io
+import os
 import random
 import struct
 from pathlib import Path
@@ -259,3 +260,29 @@ def test_the_decoder_is_optional_and_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(clipfast.inputs.image, "simplejpeg", None)
     assert np.array_equal(read_rgb(photo), pillow_alone(photo))
     assert jpeg_decoder().startswith("Pillow ") and "pip install simplejpeg" in info()
+
+
+def test_no_picture_starts_another_program(tmp_path: Path, monkeypatch) -> None:
+    """PostScript under a picture's name: Pillow would hand it to Ghostscript, here a `gs` that leaves a mark."""
+    mark, gs = tmp_path / "ran", tmp_path / "gs"
+    gs.write_text(f"#!/bin/sh\ntouch {mark}\n")
+    gs.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # as before it was looked for
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(OSError), Image.open(io.BytesIO(script)) as image:
+        image.load()
+    assert mark.exists()  # so the trap works
+    mark.unlink()
+    (tmp_path / "x.jpg").write_bytes(script)
+    for read in (read_image, read_rgb, Preprocess(32)):
+        for source in (script, tmp_path / "x.jpg"):
+            with pytest.raises(OSError, match="expected an image .*JPEG, PNG, .*got something else"):
+                read(source)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("format", ["AVIF", "JPEG2000", "PPM", "ICO", "MPO", "DIB"])
+def test_other_formats_that_are_opened(format: str) -> None:
+    data = encoded(picture("RGB", 32, 32), format)
+    assert torch.equal(Preprocess(16)(data), reference(16)(Image.open(io.BytesIO(data))))

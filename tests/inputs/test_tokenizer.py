@@ -1,8 +1,11 @@
 """Text to tokens: OpenAI's own on every string, whatever way they are found."""
 
 import html
+import importlib.util
 import pickle
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import regex
@@ -162,3 +165,53 @@ def test_the_word_table_stays_bounded(monkeypatch: pytest.MonkeyPatch, reference
 def test_goes_to_a_worker_process() -> None:
     ours = pickle.loads(pickle.dumps(default_tokenizer()))
     assert ours.encode("a dog's life") == default_tokenizer().encode("a dog's life") == [320, 1929, 568, 970]
+
+
+def test_openais_names_have_openais_values() -> None:
+    """clip-anytorch's copy of OpenAI's file."""
+    path = Path(importlib.util.find_spec("clip").submodule_search_locations[0]) / "simple_tokenizer.py"  # type: ignore
+    spec = importlib.util.spec_from_file_location("openais_simple_tokenizer", path)
+    theirs = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(theirs)  # type: ignore[union-attr]
+    ours, reference = SimpleTokenizer(theirs.default_bpe()), theirs.SimpleTokenizer()  # the uncut file
+    own = SimpleTokenizer(module.default_bpe())
+    for name in ("bpe_ranks", "cache", "encoder", "decoder", "byte_encoder", "byte_decoder", "pat"):
+        assert getattr(ours, name) == getattr(own, name) == getattr(reference, name), name
+    assert module.bytes_to_unicode() == theirs.bytes_to_unicode()
+    rng = random.Random(5)
+    for text in [*WORDS, *(words(rng) for _ in range(50)), *(printable(rng) for _ in range(50))]:
+        for name in ("basic_clean", "whitespace_clean"):
+            assert getattr(module, name)(text) == getattr(theirs, name)(text)
+        assert ours.encode(text) == reference.encode(text)
+        if text.strip():
+            letters = "".join(ours.byte_encoder[byte] for byte in text.encode("utf-8", "surrogatepass"))
+            assert ours.bpe(letters) == reference.bpe(letters)
+            assert module.get_pairs(letters) == theirs.get_pairs(letters)
+            assert module.get_pairs(tuple(letters)) == theirs.get_pairs(tuple(letters))
+        assert ours._as_changed(text) == reference.encode(text)
+    assert ours.bpe("aaaaaaa") == reference.bpe("aaaaaaa") and ours.cache == reference.cache
+
+
+def test_a_tokenizer_that_was_changed_does_as_it_is_told() -> None:
+    """A special token as programs add it, and a subclass with its own `bpe`."""
+    tokenizer = SimpleTokenizer()
+    tokenizer.encoder["<|mask|>"] = len(tokenizer.encoder)
+    tokenizer.decoder[49408] = "<|mask|>"
+    tokenizer.cache["<|mask|>"] = "<|mask|>"
+    tokenizer.pat = regex.compile(rf"<\|mask\|>|{tokenizer.pat.pattern}", regex.IGNORECASE)
+    for changed in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):
+        assert changed.encode("a <|mask|> dog") == [320, 49408, 1929]
+        row = torch.frombuffer(bytearray(changed.rows(["a <|mask|> dog"], 7, False)[0]), dtype=torch.int32)
+        assert row.tolist() == [49406, 320, 49408, 1929, 49407, 0, 0]
+
+    class Letters(SimpleTokenizer):
+        def bpe(self, token: str) -> str:
+            return " ".join([*token[:-1], f"{token[-1]}</w>"])
+
+    assert Letters().decode(Letters().encode("a dog")) == "a dog " and len(Letters().encode("a dog")) == 4
+
+
+def test_a_vocabulary_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    shutil.copy(__file__, tmp_path / "vocabulary.gz")
+    with pytest.raises(OSError, match=r"vocabulary.gz: expected a gzip file of merges"):
+        SimpleTokenizer(str(tmp_path / "vocabulary.gz"))

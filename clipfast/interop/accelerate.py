@@ -4,9 +4,9 @@ How a library's file plugs in. ``clipfast/interop/<library>.py`` offers
 
     def swaps(model: nn.Module) -> Iterator[Swap]
 
-which yields a ``Swap`` for each module inside ``model`` (itself included) whose class it knows: with a ``forward``, a function of
-the file's top level called as ``forward(module, *args, **kwargs)`` in the place of the module's own; or with ``forward`` None
-for a module that is left as it is. ``says`` is then on what the module runs, or why not. Its name stands in ``LIBRARIES``; the
+which yields a ``Swap`` for each module inside ``model`` (itself included) whose class it knows: with a ``forward``, a function
+of the file's top level, called as ``forward(module, *args, **kwargs)`` in the place of the module's own; or with None for a
+module that is left as it is. ``says`` is then on what the module runs, or why not. Its name stands in ``LIBRARIES``; the
 file is imported only where the library is. The rules that every such function keeps:
 
 - Weights are read from their modules at each call, never kept: so a model that is moved, cast, loaded or copied stays right.
@@ -39,13 +39,14 @@ class Swap(NamedTuple):
     module: nn.Module
     forward: Callable[..., Any] | None  # forward(module, *args, **kwargs); None: the module is left as it is
     says: str  # on what it runs; or why it is left
+    lacks: str | None = None  # why a module with a ``forward`` runs as itself for now
 
 
 class Forward:
     """The ``forward`` of an accelerated module.
 
-    It knows its module by a weak reference, as a method would: no cycle keeps the model alive, and in a copy, or out of a pickle,
-    it belongs to the module of that copy.
+    It knows its module by a weak reference, so that no cycle keeps the model alive; in a copy, or out of a pickle, it belongs
+    to the module of that copy.
     """
 
     def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
@@ -60,7 +61,7 @@ class Forward:
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         """The class's own forward pass, where ``inspect.signature`` looks for the arguments."""
-        module = self._module()
+        module: Any = self._module()
         return type(module).forward.__get__(module)
 
     def __repr__(self) -> str:
@@ -72,11 +73,12 @@ def original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
-def bare(module: nn.Module, kind: type) -> bool:
+def bare(module: nn.Module, kind: type, but: str = "") -> bool:
     """Whether a module is exactly of this class, bears no hook, and has its class's forward pass or an accelerated one: whether
-    one may go past it to the modules in it."""
+    one may go past it to the modules in it. ``but``: a Python module whose forward hooks do not count."""
     own = module.__dict__
-    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    hooked = own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    hooked = hooked or any(not but or getattr(hook, "__module__", "") != but for hook in own["_forward_hooks"].values())
     return type(module) is kind and not hooked and type(own.get("forward")) in (type(None), Forward)
 
 
@@ -141,7 +143,10 @@ def accelerate(model: nn.Module) -> Report:
             report.left.append(line._replace(says="its forward is already replaced by somebody else's"))
         else:
             swap.module.forward = Forward(swap.module, swap.forward)
-            report.accelerated.append(line)
+            if swap.lacks is None:
+                report.accelerated.append(line)
+            else:
+                report.left.append(line._replace(says=f"runs as itself for now: {swap.lacks}"))
     if not report.accelerated and not report.left:
         report.left.append(Line("", report.model, f"nothing is known of it, nor of what is in it (known: {_known()})"))
     return report
@@ -167,8 +172,14 @@ def _swaps(model: nn.Module) -> Iterator[Swap]:
         if isinstance(module, CLIP):
             yield Swap(module, None, "it is clipfast's own, and runs on its kernels as it is")
     for library, loaded in LIBRARIES.items():
-        if loaded in sys.modules:
-            yield from importlib.import_module(f"clipfast.interop.{library}").swaps(model)
+        if loaded not in sys.modules:
+            continue
+        try:
+            known = importlib.import_module(f"clipfast.interop.{library}")
+        except ImportError as error:  # a version that has other classes
+            yield Swap(model, None, f"{library} cannot be accelerated: {error}")
+            continue
+        yield from known.swaps(model)
 
 
 def _known() -> str:

@@ -74,6 +74,15 @@ def parts(layer: Any) -> Parts:
     )  # fmt: skip
 
 
+def read_parts(found: Parts) -> Parts:
+    """The parts of a last block, of which one token is read. There the keys' bias, which cancels in the softmax, is not used;
+    for an optimiser, and for DDP, it still has a gradient: zeros."""
+    q, k, v = found.qkv
+    if k.bias is None or v.bias is None or not (torch.is_grad_enabled() and k.bias.requires_grad):
+        return found
+    return found._replace(qkv=(q, k, Linear(v.weight, v.bias + 0 * k.bias)))
+
+
 def _norm(module: Any) -> Norm:
     return Norm(module.weight, module.bias, module.eps)
 

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from clipfast.interop.accelerate import bare, original
 from clipfast.interop.deferred import Later, deferred
-from clipfast.interop.transformers_blocks import FAMILIES, HARMLESS, fusable, is_causal, lacks, parts, step
+from clipfast.interop.transformers_blocks import FAMILIES, HARMLESS, fusable, is_causal, lacks, parts, read_parts, step
 from clipfast.model.packed import pack
 from clipfast.model.rule import untouched
 from clipfast.model.transformer import Layout, Parts, Stream, block
@@ -62,7 +62,7 @@ def _last(module: Any, x: Tensor, place: int, arguments: dict[str, Any]) -> _Las
     s, update = (through.s, through.update) if type(through) is Stream else (through, None)
     last = parts(layers[-1])
     whole = Stream(s, update, Layout(causal=causal))
-    state = block(Stream(s, update, Layout((slice(None), place), causal), True), last).settled()
+    state = block(Stream(s, update, Layout((slice(None), place), causal), True), read_parts(last)).settled()
     return _Last(state, lambda: block(whole, last).settled(), _tensors([last]))
 
 
@@ -106,8 +106,9 @@ def pooled_text(module: Any, input_ids: Any = None, attention_mask: Any = None, 
     layout = Layout(text.cu_seqlens[1:] - 1, True, text.cu_seqlens, text.max_length)
     stream = Stream(tokens(text.ids) + positions(text.position), None, layout)
     blocks = [parts(one) for one in module.encoder.layers]
-    for i, one in enumerate(blocks):
-        stream = block(stream._replace(read=i == len(blocks) - 1), one)
+    for one in blocks[:-1]:
+        stream = block(stream, one)
+    stream = block(stream._replace(read=True), read_parts(blocks[-1]))
     mask = attention_mask if attention_mask is None else attention_mask.clone()
     later = Later(
         lambda: original(module, ids, mask, return_dict=True).last_hidden_state,
@@ -125,11 +126,10 @@ def lacks_packed(module: Any) -> str | None:
     for one in layers:
         if not fusable(one):
             return lacks(one) or "a layer is hooked, or is to be computed again in backward"
-    if (
-        family.text_embeddings is None
-        or not bare(inner, family.text_embeddings)
-        or not untouched(inner.token_embedding, inner.position_embedding)
-    ):
+    if family.text_embeddings is None or not bare(inner, family.text_embeddings):
+        return "its embeddings are replaced or hooked"
+    tables = inner.token_embedding, inner.position_embedding
+    if not untouched(*tables) or any(type(table) is not nn.Embedding for table in tables):
         return "its embeddings are replaced or hooked"
     if not untouched(module.final_layer_norm) or type(module.final_layer_norm) is not nn.LayerNorm:
         return "its final_layer_norm is replaced or hooked"

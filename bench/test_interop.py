@@ -1,0 +1,90 @@
+"""Other libraries' models before and after ``accelerate``, on the same weights."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from bench.plan import image_flops
+from bench.test_towers import CAPTIONS, DEVICE, text_floor
+from clipfast.inputs.tokenizer import tokenize
+from clipfast.interop import accelerate
+from clipfast.model import MODELS
+
+SIZES = MODELS["ViT-B/32"]
+TEXT, IMAGE = (dict(projection_dim=SIZES["embed_dim"]) for _ in range(2))  # their defaults are ViT-B/32's
+
+
+@pytest.fixture(scope="module")
+def pair() -> Callable[[str], tuple[Any, Any]]:
+    """transformers' model of the size of ViT-B/32, random: accelerated, and as it is."""
+
+    @functools.cache
+    def made(name: str) -> tuple[nn.Module, nn.Module]:
+        torch.manual_seed(0)
+        if name == "CLIPModel":
+            model = transformers.CLIPModel(transformers.CLIPConfig(text_config=TEXT, vision_config=IMAGE))
+        else:  # Stable Diffusion's
+            config = transformers.CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+            model = transformers.CLIPTextModel(config)
+        before = model.eval().to(DEVICE)
+        after = copy.deepcopy(before)
+        assert accelerate(after)
+        return after, before
+
+    return made
+
+
+def check(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (got - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("B", [16, 1])
+def test_clip_model_images(compare, pair, B: int) -> None:
+    after, before = pair("CLIPModel")
+    image = torch.randn(B, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    weights = 4 * sum(p.numel() for p in before.vision_model.parameters())
+    with torch.no_grad():
+        check(after.get_image_features(image).pooler_output, before.get_image_features(image).pooler_output)
+        compare(
+            lambda: after.get_image_features(image).pooler_output,
+            {"transformers": lambda: before.get_image_features(image).pooler_output},
+            items=B, floor=(B * int(image_flops(SIZES)), weights),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("B", [16, 1])
+def test_clip_model_captions(compare, pair, B: int) -> None:
+    """Captions padded to 77 tokens, as sentence-transformers and most pipelines hand them over, with their mask."""
+    after, before = pair("CLIPModel")
+    text, lengths = tokenize(CAPTIONS[:B], return_lengths=True)
+    text = text.long().to(DEVICE)
+    mask = (torch.arange(text.shape[1]) < lengths[:, None]).long().to(DEVICE)
+    with torch.no_grad():
+        check(after.get_text_features(text, mask).pooler_output, before.get_text_features(text, mask).pooler_output)
+        compare(
+            lambda: after.get_text_features(text, mask).pooler_output,
+            {"transformers": lambda: before.get_text_features(text, mask).pooler_output},
+            items=B, floor=text_floor(SIZES, lengths), mean_tokens=float(lengths.double().mean()),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("B", [16, 1])
+def test_clip_text_model_all_states(compare, pair, B: int) -> None:
+    """All 77 states, which a diffusion model reads, of Stable Diffusion's text encoder."""
+    after, before = pair("CLIPTextModel")
+    text = tokenize(CAPTIONS[:B]).long().to(DEVICE)
+    sizes = SIZES | dict(transformer_width=768, transformer_heads=12)
+    with torch.no_grad():
+        check(after(text)[0], before(text)[0])
+        compare(
+            lambda: after(text)[0], {"transformers": lambda: before(text)[0]},
+            items=B, floor=text_floor(sizes, torch.full((B,), 77)),
+        )  # fmt: skip

@@ -15,6 +15,9 @@ from clipfast.kernels.op import first_derivative
 from clipfast.kernels.pairwise_sigmoid import OP as PAIRWISE_SIGMOID
 from clipfast.loss.ranks import ALONE, Ranks, Returned
 
+FEATURES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # others cannot be sorted
+
 
 def clip_loss(
     image_features: Tensor,
@@ -82,8 +85,8 @@ def _prepared(op: str, given: dict[str, Any], normalize: bool, group: dist.Proce
         # open_clip's scalars may come as [1].
         scalars = {k: v.reshape(()) if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in scalars.items()}
         scalars = {k: check_scalar(op, k, v, image) for k, v in scalars.items()}
-        said = f"{op} of [n, {image.shape[1]}] {image.dtype} on {image.device.type}, labels {labels is not None}, "
-        said += f"gradients of images {_wanted(image)}, of texts {_wanted(text)}, normalize {normalize}"
+        said = f"{op} of [n, {image.shape[1]}] {image.dtype} on {image.device.type}, "
+        said += f"labels {labels is not None and labels.dtype}, gradients of images {_wanted(image)}, of texts {_wanted(text)}, normalize {normalize}"
     except (TypeError, ValueError) as error:
         said = error
     if group is not None and not isinstance(group, dist.ProcessGroup):  # what new_group gives to a rank that is not in it
@@ -107,14 +110,19 @@ def _wanted(x: Tensor) -> bool:
 
 def _check(op: str, image: Tensor, text: Tensor, labels: Tensor | None) -> None:
     check_features(op, image, text)
+    if image.dtype not in FEATURES or image.layout != torch.strided or text.layout != torch.strided or not image.shape[1]:
+        got = f"{tuple(image.shape)} {image.dtype}, {image.layout} and {text.layout}"
+        raise TypeError(f"{op}: expected dense features of float16, bfloat16, float32 or float64, at least one wide, got {got}")
     if image.shape[0] != text.shape[0]:
         shapes = f"{tuple(image.shape)} and {tuple(text.shape)}"
         raise ValueError(f"{op}: expected as many texts as images, got {shapes}; pass the pairs row by row")
     if labels is None:
         return
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{op}: expected labels as a tensor, got {type(labels).__name__}; pass torch.tensor(labels)")
     if labels.shape != image.shape[:1]:
         raise ValueError(f"{op}: expected one label per row, ({len(image)},), got {tuple(labels.shape)}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if labels.dtype not in LABELS:
         raise TypeError(f"{op}: expected integer labels, got {labels.dtype}; convert with .long()")
     if labels.device != image.device:
         raise ValueError(f"{op}: expected labels on {image.device}, got {labels.device}; move them with .to")

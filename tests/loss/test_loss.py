@@ -504,6 +504,11 @@ def _bad() -> dict[str, tuple[type[Exception], str, dict]]:
         "devices": (ValueError, "one device, got cpu and meta", dict(text_features=text.to("meta"))),
         "labels length": (ValueError, r"one label per row, \(4,\), got \(3,\)", dict(labels=torch.arange(3))),
         "labels dtype": (TypeError, "integer labels, got torch.float32", dict(labels=torch.ones(4))),
+        "labels list": (TypeError, "labels as a tensor, got list", dict(labels=[0, 1, 2, 3])),
+        "labels unsigned": (TypeError, "integer labels, got torch.uint64", dict(labels=torch.arange(4).to(torch.uint64))),
+        "no columns": (TypeError, r"at least one wide, got \(4, 0\)", dict(image_features=image[:, :0], text_features=text[:, :0])),  # noqa: E501
+        "sparse": (TypeError, "dense features .*, torch.sparse_coo and torch.strided", dict(image_features=image.to_sparse())),
+        "8 bits": (TypeError, "dense features of float16, .* got .*float8_e5m2", dict.fromkeys(("image_features", "text_features"), image.to(torch.float8_e5m2))),  # noqa: E501
         "bias text": (TypeError, "floating tensor as logit_bias, got str", dict(logit_bias="3")),
         "bias vector": (ValueError, r"scalar logit_bias of shape \(\), got \(4,\)", dict(logit_bias=torch.ones(4))),
         "labels device": (ValueError, "labels on cpu, got meta", dict(labels=torch.arange(4, device="meta"))),

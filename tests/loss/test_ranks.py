@@ -36,6 +36,8 @@ WRONG = {
     "texts": dict(text=(3, D)),
     "labels": dict(labels=torch.arange(2)),
     "integers": dict(dtype=torch.int32),
+    "a list of labels": dict(labels=[0, 1]),
+    "8 bits": dict(dtype=torch.float8_e5m2),
     "locked": dict(locked=True),
 }
 

@@ -85,8 +85,9 @@ def _prepared(op: str, given: dict[str, Any], normalize: bool, group: dist.Proce
         # open_clip's scalars may come as [1].
         scalars = {k: v.reshape(()) if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in scalars.items()}
         scalars = {k: check_scalar(op, k, v, image) for k, v in scalars.items()}
-        said = f"{op} of [n, {image.shape[1]}] {image.dtype} on {image.device.type}, "
-        said += f"labels {labels is not None and labels.dtype}, gradients of images {_wanted(image)}, of texts {_wanted(text)}, normalize {normalize}"
+        said = f"{op} of [n, {image.shape[1]}] {image.dtype} on {image.device.type}, labels "
+        said += f"{labels is not None and labels.dtype}, gradients of images {_wanted(image)}, of texts {_wanted(text)}, "
+        said += f"normalize {normalize}"
     except (TypeError, ValueError) as error:
         said = error
     if group is not None and not isinstance(group, dist.ProcessGroup):  # what new_group gives to a rank that is not in it

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from clipfast.kernels import attention, layer_norm, linear, mlp, pooling
 from clipfast.kernels.linear import onednn
-from clipfast.model.packed import Packed, pack
+from clipfast.model.intermediates import image_intermediates, text_intermediates
+from clipfast.model.packed import Packed, pack, padded
 from clipfast.model.resnet import Bottleneck, ModifiedResNet
+from clipfast.model.rule import untouched, watched, whole
+from clipfast.model.transformer import LayerNorm, Layout, Stream, Transformer, causal_mask, fusable, projected
+from clipfast.model.vit import VisionTransformer
 
 _SIZES = ("embed_dim", "image_resolution", "vision_layers", "vision_width", "vision_patch_size",
           "context_length", "vocab_size", "transformer_width", "transformer_heads", "transformer_layers")  # fmt: skip
@@ -40,161 +43,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-class Layout(NamedTuple):
-    """How the tokens of a batch lie: packed one behind the other, or dense with ``cu_seqlens`` None."""
-
-    read: Any  # the index of the token that is read out of each sequence
-    causal: bool = False
-    cu_seqlens: Tensor | None = None  # int32 [B + 1]: where each sequence starts, and T
-    max_length: int | None = None
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with one packed projection."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, x: Tensor, layout: Layout, read: bool = False) -> Tensor:
-        """x [..., C] -> [..., C]: every token attends; ``read``: -> [B, C], that of the token that is read."""
-        if read:
-            return self._read(x, layout)
-        qkv = linear(x, self.in_proj_weight, self.in_proj_bias)
-        y = attention(qkv, self.heads, causal=layout.causal, cu_seqlens=layout.cu_seqlens, max_length=layout.max_length)
-        return linear(y, self.out_proj.weight, self.out_proj.bias)
-
-    def _read(self, x: Tensor, layout: Layout) -> Tensor:
-        """x [..., C] -> [B, C]: only the token that is read attends, to the whole sequence."""
-        q_weight, k_weight, v_weight = self.in_proj_weight.chunk(3)
-        q_bias, _, v_bias = self.in_proj_bias.chunk(3)
-        y = pooling(
-            x, x[layout.read], q_weight, q_bias, k_weight, v_weight, v_bias, self.heads,
-            cu_seqlens=layout.cu_seqlens, max_length=layout.max_length,
-        )  # fmt: skip
-        return linear(y, self.out_proj.weight, self.out_proj.bias)
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int, quick_gelu: bool) -> None:
-        super().__init__()
-        self.quick_gelu = quick_gelu
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias, self.quick_gelu)
-
-
-class Block(nn.Module):
-    """A residual attention block, pre-norm.
-
-    The residual stream s travels beside the update that the layer before owes to it: addition and layer norm are one pass.
-    """
-
-    def __init__(self, width: int, heads: int, quick_gelu: bool) -> None:
-        super().__init__()
-        self.attn = Attention(width, heads)
-        self.ln_1 = nn.LayerNorm(width)
-        self.mlp = Mlp(width, quick_gelu)
-        self.ln_2 = nn.LayerNorm(width)
-
-    def forward(self, s: Tensor, update: Tensor | None, layout: Layout, read: bool = False) -> tuple[Tensor, Tensor]:
-        """(s, update), both [..., C] -> the same after this block; ``read``: [B, C], at the token that is read alone."""
-        x, s = self._enter(s, update)
-        x, s = _norm(self.ln_2, s[layout.read] if read else s, self.attn(x, layout, read))
-        return s, self.mlp(x)
-
-    def _enter(self, s: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
-        return (_norm(self.ln_1, s), s) if update is None else _norm(self.ln_1, s, update)
-
-
-def _norm(ln: nn.LayerNorm, x: Tensor, residual: Tensor | None = None) -> Any:
-    return layer_norm(x, ln.weight, ln.bias, residual, ln.eps)
-
-
-class Transformer(nn.Module):
-    def __init__(self, width: int, layers: int, heads: int, quick_gelu: bool) -> None:
-        super().__init__()
-        self.width, self.layers = width, layers
-        self.checkpointing = False  # whether blocks are computed again in backward instead of kept
-        self.resblocks: Any = nn.ModuleList(Block(width, heads, quick_gelu) for _ in range(layers))
-
-    def forward(self, s: Tensor, layout: Layout) -> Tensor:
-        """s [..., C] -> [B, C]: the state of the token that is read."""
-        update = None
-        for block in self.resblocks[:-1]:
-            if self.checkpointing and torch.is_grad_enabled():
-                s, update = checkpoint(block, s, update, layout, use_reentrant=False, preserve_rng_state=False)
-            else:
-                s, update = block(s, update, layout)
-        s, update = self.resblocks[-1](s, update, layout, read=True)
-        return s + update
-
-    def states(self, s: Tensor, layout: Layout) -> list[Tensor]:
-        """s [..., C] -> the residual stream [..., C] of every token after each block."""
-        states = []
-        for block in self.resblocks:
-            s, update = block(s, None, layout)
-            s = s + update
-            states.append(s)
-        return states
-
-    def pack_weights(self) -> None:
-        """See ``CLIP.for_inference``."""
-        for block in self.resblocks:
-            homes = [(block.attn.out_proj, "weight"), (block.mlp.c_fc, "weight"), (block.mlp.c_proj, "weight")]
-            if block is not self.resblocks[-1]:  # which reads its projection in parts
-                homes.append((block.attn, "in_proj_weight"))
-            for home, name in homes:
-                setattr(home, name, nn.Parameter(onednn.packed(getattr(home, name)), requires_grad=False))
-
-
-class VisionTransformer(nn.Module):
-    """ViT with one more layer norm before the transformer (paper, section 2.4)."""
-
-    def __init__(
-        self, input_resolution: int, patch_size: int, width: int, layers: int, heads: int, output_dim: int, quick_gelu: bool
-    ) -> None:
-        super().__init__()
-        self.input_resolution, self.output_dim = input_resolution, output_dim
-        self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
-        scale = width**-0.5
-        self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        tokens = (input_resolution // patch_size) ** 2 + 1
-        self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, width))
-        self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads, quick_gelu)
-        self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
-
-    layout = Layout(read=(slice(None), 0))
-
-    def embed(self, x: Tensor) -> Tensor:
-        """x [B, 3, R, R] -> [B, L, C]: class token and patches, with positions, normalised."""
-        patch = self.conv1.kernel_size[0]
-        grid = self.input_resolution // patch
-        # The patches do not overlap: the convolution is one product, which takes 0.5 to 0.7 of its time at B/32 on a CPU.
-        x = x[..., : grid * patch, : grid * patch].unflatten(3, (grid, patch)).unflatten(2, (grid, patch))
-        x = linear(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), self.conv1.weight.flatten(1))
-        x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
-        return _norm(self.ln_pre, x + self.positional_embedding.to(x.dtype))
-
-    def project(self, x: Tensor) -> Tensor:
-        """x [..., C] -> [..., output_dim]."""
-        return linear(_norm(self.ln_post, x), self.proj.T)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.project(self.transformer(self.embed(x), self.layout))
-
-
 class CLIP(nn.Module):
-    """Two towers and a temperature; arguments, attributes, keys and outputs are those of OpenAI's class.
+    """Two towers and a temperature; arguments, attributes, keys, modules and outputs are those of OpenAI's class.
 
     Args:
         embed_dim: D, the width of the shared space.
@@ -207,15 +57,23 @@ class CLIP(nn.Module):
         transformer_width, transformer_heads, transformer_layers: the text tower.
         quick_gelu: x·σ(1.702x), as in OpenAI's weights; False for the exact GELU.
         vision_heads: heads of the image tower; None for 64 channels a head.
+        vision: how the image tower differs from OpenAI's: arguments of ``VisionTransformer`` and of its blocks.
+        text: how the text tower does: those of its blocks; ``causal`` (True); ``end_token``, where a text is read: None for its
+            largest id, an id for the first place of that, -1 for the last column.
+        logit_bias: what a model of the sigmoid loss starts its bias with; None: it has none.
     """
+
+    output_dict = False  # open_clip's: whether ``forward`` gives features, scale and bias
 
     def __init__(
         self, embed_dim: int, image_resolution: int, vision_layers: int | tuple[int, int, int, int], vision_width: int,
         vision_patch_size: int | None, context_length: int, vocab_size: int, transformer_width: int, transformer_heads: int,
         transformer_layers: int, *, quick_gelu: bool = True, vision_heads: int | None = None,
+        vision: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None, logit_bias: float | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.context_length, self.vocab_size, self.quick_gelu = context_length, vocab_size, quick_gelu
+        self.vision_options, self.text_options = dict(vision or {}), dict(text or {})
         vit = not isinstance(vision_layers, (tuple, list))
         width = vision_width if vit else 32 * vision_width  # where the image tower attends
         heads = vision_heads or width // 64
@@ -232,17 +90,23 @@ class CLIP(nn.Module):
         ):  # fmt: skip
             if not fits:
                 raise ValueError(f"CLIP: expected {name} to be {expected}, got {got}")
+        activation = {"activation": "quick_gelu" if quick_gelu else "gelu"}
         self.visual: VisionTransformer | ModifiedResNet
         if vit:
-            self.visual = VisionTransformer(side, patch, width, layers, heads, embed_dim, quick_gelu)
+            options = activation | self.vision_options
+            self.visual = VisionTransformer(side, patch, width, layers, heads, embed_dim, **options)
         else:
-            self.visual = ModifiedResNet(tuple(layers), embed_dim, heads, side, vision_width)
-        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, quick_gelu)
+            self.visual = ModifiedResNet(tuple(layers), embed_dim, heads, side, vision_width, **self.vision_options)
+        options = activation | self.text_options
+        self.causal, self.end_token = options.pop("causal", True), options.pop("end_token", None)
+        mask = self.build_attention_mask() if self.causal else None
+        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, mask, **options)
         self.token_embedding = nn.Embedding(vocab_size, transformer_width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
-        self.ln_final = nn.LayerNorm(transformer_width)
-        self.text_projection = nn.Parameter(torch.empty(transformer_width, embed_dim))
+        self.ln_final = LayerNorm(transformer_width, options.get("eps", 1e-5))
+        self.text_projection: nn.Parameter | None = nn.Parameter(torch.empty(transformer_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(float(logit_bias)))
         self.initialize_parameters()
 
     def initialize_parameters(self) -> None:
@@ -262,11 +126,16 @@ class CLIP(nn.Module):
             nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-        nn.init.normal_(self.text_projection, std=width**-0.5)
+        if self.text_projection is not None:
+            nn.init.normal_(self.text_projection, std=width**-0.5)
+
+    def build_attention_mask(self) -> Tensor:
+        """[L, L] for a context of L tokens: what is added to the scores of a causal text tower."""
+        return causal_mask(self.context_length)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.visual.conv1.weight.dtype
+        return self.token_embedding.weight.dtype if self.visual is None else self.visual.conv1.weight.dtype
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """image [B, 3, R, R] -> [B, D] in the model's dtype, of unit length when ``normalize``."""
@@ -280,44 +149,126 @@ class CLIP(nn.Module):
             text: token ids, or what ``pack`` made of them (for ``torch.compile(model.encode_text, fullgraph=True)``).
             lengths: see ``pack``.
         """
-        s, layout = self._embed_text(text if isinstance(text, Packed) else self.pack(text, lengths))
-        features = self._project(self.transformer(s, layout))
+        if self._packs():
+            s, layout = self._embed_packed(text if isinstance(text, Packed) else self.pack(text, lengths))
+            features = self._project(self.ln_final(self.transformer(Stream(s, None, layout))))
+        else:
+            features = self._encode_padded(*padded(text) if isinstance(text, Packed) else (text, lengths))
         return F.normalize(features, dim=-1) if normalize else features
 
-    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """(logits_per_image [B_image, B_text], logits_per_text [B_text, B_image]): scaled cosine similarities."""
+    def _packs(self) -> bool:
+        """Whether the text tower may leave out what follows the end token, which under a causal mask cannot reach it: where
+        nobody looks into the tower, since what others see are all tokens."""
+        return (
+            self.causal and self.end_token != -1 and self._reads()
+            and untouched(self.token_embedding) and all(block.causal and fusable(block) for block in self.transformer.resblocks)
+        )  # fmt: skip
+
+    def _reads(self) -> bool:
+        """Whether the text tower's last block may work for the end token alone."""
+        return whole(self.transformer, Transformer) and untouched(self.transformer.resblocks, self.ln_final)
+
+    def _encode_padded(self, text: Tensor, lengths: Tensor | list[int] | None = None) -> Tensor:
+        """Every token of text [B, L] through the tower, in OpenAI's shapes where somebody looks; -> [B, D]."""
+        x: Any = self.embed_text(text)
+        ends = self.ends(text) if lengths is None else torch.as_tensor(lengths, device=text.device) - 1
+        at = (torch.arange(x.shape[0], device=x.device), ends)
+        if not self._reads():
+            x = self.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
+            return self._project(self.ln_final(x).type(self.dtype)[at])
+        blocks, layout = [*self.transformer.resblocks], Layout(at)
+        watching = [i for i, block in enumerate(blocks) if not fusable(block) or block.causal is not self.causal]
+        free = max(watching, default=-1) + 1 if self.causal and self.end_token != -1 else len(blocks)
+        x = self.transformer.run(Stream(x, None, layout), read=free == len(blocks), blocks=blocks[:free])
+        if free < len(blocks) and isinstance(x, Stream | Tensor) and not torch.compiler.is_compiling():
+            # From here on nobody looks: what follows the end token may go.
+            packed = self.pack(text, ends.cpu() + 1)
+            layout = packed.layout()
+            states = x.settled() if isinstance(x, Stream) else x.transpose(0, 1)
+            x = Stream(states[packed.rows(), packed.position], None, layout)
+        x = self.transformer.read(self.transformer.run(x, read=True, blocks=blocks[free:]), layout.read)
+        return self._project(self.ln_final(x).type(self.dtype))
+
+    def embed_text(self, text: Tensor) -> Tensor:
+        """text [B, L] -> the states [B, L, C] that enter the text tower."""
+        return self.token_embedding(text).type(self.dtype) + self.positional_embedding[: text.shape[1]].type(self.dtype)
+
+    def ends(self, text: Tensor) -> Tensor:
+        """text [B, L] -> [B]: where each is read."""
+        if self.end_token == -1:
+            return torch.full_like(text[:, 0], text.shape[1] - 1, dtype=torch.int64)
+        return text.argmax(-1) if self.end_token is None else (text == self.end_token).int().argmax(-1)
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> Any:
+        """(logits_per_image [B_image, B_text], logits_per_text [B_text, B_image]): scaled cosine similarities.
+
+        With ``output_dict`` what open_clip's class gives: ``image_features`` and ``text_features`` [B, D] of unit length, None
+        where there is no input, ``logit_scale`` and, of a model that has one, ``logit_bias``.
+        """
+        if not self.output_dict:
+            if image is None or text is None:
+                raise ValueError("forward: expected images and texts; with output_dict = True either will do")
+            return self.get_logits(image, text)
+        out = {
+            "image_features": None if image is None else self.encode_image(image, normalize=True),
+            "text_features": None if text is None else self.encode_text(text, normalize=True),
+            "logit_scale": self.logit_scale.exp(),
+        }
+        return out if self.logit_bias is None else out | {"logit_bias": self.logit_bias}
+
+    def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``forward``; of a model with a ``logit_bias``, with that."""
         image_features, text_features = self.encode_image(image, normalize=True), self.encode_text(text, normalize=True)
         logits_per_image = self.logit_scale.exp() * image_features @ text_features.t()
+        if self.logit_bias is not None:
+            logits_per_image = logits_per_image + self.logit_bias
         return logits_per_image, logits_per_image.t()
 
     def forward_intermediates(
-        self, image: Tensor | None = None, text: Tensor | None = None, normalize: bool = True
-    ) -> dict[str, Any]:
-        """The features, and what every token was after each block.
+        self, image: Tensor | None = None, text: Tensor | None = None, image_indices: int | list[int] | None = None,
+        text_indices: int | list[int] | None = None, stop_early: bool = False, normalize: bool = True,
+        normalize_intermediates: bool = False, intermediates_only: bool = False, image_output_fmt: str = "NCHW",
+        image_output_extra_tokens: bool = False, text_output_fmt: str = "NLC", text_output_extra_tokens: bool = False,
+        output_logits: bool = False, output_logit_scale_bias: bool = False,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The features, and what every token was after each block, as open_clip's class gives them.
 
-        Returns a dict: ``image_features`` [B, D] and ``image_intermediates``, a list of [B, L, C] (class token first) or, for a
-        ResNet, of [B, C, h, w]; ``text_features`` [B, D] and ``text_intermediates``, a list of [B, L, C], zero behind the end.
+        Args:
+            image_indices, text_indices: of the blocks; a number: the last so many; None: all.
+            stop_early: kept for open_clip's callers: without ``intermediates_only`` every block is needed.
+            normalize: whether features have unit length.
+            normalize_intermediates: whether the states go through the tower's last norm.
+            intermediates_only: no features.
+            image_output_fmt: "NCHW", or "NLC".
+            image_output_extra_tokens: the class tokens as well.
+
+        Returns:
+            A dict: ``image_intermediates``, a list of [B, C, h, w] or [B, h·w, C]; ``image_intermediates_prefix``, of
+            [B, 1, C]; ``image_features`` [B, D]; ``text_intermediates``, of [B, L, C]; ``text_features`` [B, D]; with
+            ``output_logits`` ``image_logits`` and ``text_logits``; with ``output_logit_scale_bias`` ``logit_scale`` and
+            ``logit_bias``.
         """
+        if intermediates_only and (output_logits or output_logit_scale_bias):
+            raise ValueError("forward_intermediates: expected features for logits, got intermediates_only")
+        if text_output_fmt != "NLC":
+            raise ValueError(f"forward_intermediates: expected text_output_fmt NLC, got {text_output_fmt!r}")
         out: dict[str, Any] = {}
-        visual = self.visual
         if image is not None:
-            if isinstance(visual, ModifiedResNet):
-                states = visual.states(self.checked_image(image))
-                features = visual.attnpool(states[-1])
-            else:
-                states = visual.transformer.states(visual.embed(self.checked_image(image)), visual.layout)
-                features = visual.project(states[-1][:, 0])
-            out |= dict(image_features=features, image_intermediates=states)
+            out |= image_intermediates(
+                self.visual, self.checked_image(image), image_indices, normalize_intermediates, intermediates_only,
+                image_output_fmt, image_output_extra_tokens,
+            )  # fmt: skip
         if text is not None:
-            packed = self.pack(text)
-            s, layout = self._embed_text(packed)
-            states = self.transformer.states(s, layout)
-            features = self._project(states[-1][layout.read])
-            row = torch.repeat_interleave(packed.cu_seqlens.diff(), output_size=len(s))
-            padded = [s.new_zeros(*text.shape, s.shape[-1]).index_put((row, packed.position), state) for state in states]
-            out |= dict(text_features=features, text_intermediates=padded)
+            out |= text_intermediates(self, text, text_indices, normalize_intermediates, intermediates_only)
         if normalize:
             out |= {k: F.normalize(v, dim=-1) for k, v in out.items() if k.endswith("features")}
+        if output_logits:
+            logits = self.logit_scale.exp() * out["image_features"] @ out["text_features"].T
+            logits = logits if self.logit_bias is None else logits + self.logit_bias
+            out |= {"image_logits": logits, "text_logits": logits.T}
+        if output_logit_scale_bias:
+            out |= {"logit_scale": self.logit_scale.exp()}
+            out |= {} if self.logit_bias is None else {"logit_bias": self.logit_bias}
         return out
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -327,6 +278,26 @@ class CLIP(nn.Module):
         """
         for transformer in self._transformers():
             transformer.checkpointing = enable
+
+    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """No gradients in the image tower but for its last groups (LiT); see ``VisionTransformer.lock``."""
+        self.visual.lock(unlocked_groups, freeze_bn_stats)
+
+    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        """No gradients in the text tower but for its last groups: embeddings, each block, the last and the norm, projection."""
+        if not freeze_layer_norm:
+            raise ValueError("lock_text_tower: expected freeze_layer_norm True: norms are frozen as the other weights are")
+        blocks = [*self.transformer.resblocks]
+        first = [self.token_embedding, self.positional_embedding]
+        groups = [first, *([block] for block in blocks[:-1]), [blocks[-1], self.ln_final], [self.text_projection]]
+        for group in groups[: len(groups) - unlocked_layers]:
+            for part in group:
+                if part is not None:
+                    part.requires_grad_(False)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of more than one dimension that open_clip's optimiser does not decay."""
+        return {"positional_embedding"} | {f"visual.{name}" for name in self.visual.no_weight_decay()}
 
     def for_inference(self, packed: bool = False) -> CLIP:
         """A copy in eval mode that asks for no gradients, with a ResNet's batch norms folded into its convolutions.
@@ -350,17 +321,22 @@ class CLIP(nn.Module):
         return [t for tower in (self.visual, self) if isinstance(t := getattr(tower, "transformer", None), Transformer)]
 
     def _project(self, x: Tensor) -> Tensor:
-        """The text tower's states at the end token [B, C] -> [B, D]."""
-        return linear(_norm(self.ln_final, x), self.text_projection.T)
+        """The text tower's normalised states at the end token [B, C] -> [B, D]."""
+        return x if self.text_projection is None else projected(x, self.text_projection)
 
     def checked_image(self, image: Tensor) -> Tensor:
         """The images in the model's dtype, if they fit; ValueError for another shape, TypeError for what are no pixels."""
-        side = self.visual.input_resolution
+        visual = self.visual
+        if watched() or not isinstance(visual, VisionTransformer | ModifiedResNet):
+            return image.type(self.dtype)
+        side, channels = visual.input_resolution, getattr(visual.conv1, "in_channels", 3)
+        expected = f"[B, {channels}, {side}, {side}]"
         if not isinstance(image, Tensor) or not image.is_floating_point():
             got = image.dtype if isinstance(image, Tensor) else type(image).__name__
-            raise TypeError(f"encode_image: expected a floating tensor [B, 3, {side}, {side}], got {got}; see preprocess")
-        if image.ndim != 4 or image.shape[1:] != (3, side, side):
-            raise ValueError(f"encode_image: expected images [B, 3, {side}, {side}], got {list(image.shape)}; see preprocess")
+            raise TypeError(f"encode_image: expected a floating tensor {expected}, got {got}; see preprocess")
+        if image.ndim != 4 or image.shape[1] != channels or not visual.fits(*image.shape[2:]):
+            fits = f"{side} is model.visual.input_resolution; see preprocess"
+            raise ValueError(f"encode_image: expected images {expected}, got {list(image.shape)}: {fits}")
         return image.to(self.dtype)
 
     @torch.compiler.disable(reason="texts have any lengths: call model.encode_text(model.pack(text, lengths))")
@@ -369,20 +345,20 @@ class CLIP(nn.Module):
 
         Args:
             lengths: B counts of tokens up to and including the end token, on the host, as ``tokenize(…, return_lengths=True)``
-                gives them; None: up to the first end token, the last of the vocabulary. On a GPU that waits for the device
-                once; with ``lengths`` nothing waits, and the ids are not checked.
+                gives them; None: up to where a text is read, for OpenAI's models the first place of its largest id. On a GPU
+                that waits for the device once; with ``lengths`` nothing waits, and the ids are not checked.
 
         Raises:
-            ValueError: a shape or a length does not fit, an id is not in the vocabulary, a row has no end token.
+            ValueError: a shape or a length does not fit, an id is not in the vocabulary.
             TypeError: ``text`` is no tensor of integers.
         """
-        return pack(text, lengths, self.context_length, self.vocab_size)
+        return pack(text, lengths, self.context_length, self.token_embedding.num_embeddings, self.end_token)
 
-    def _embed_text(self, packed: Packed) -> tuple[Tensor, Layout]:
+    def _embed_packed(self, packed: Packed) -> tuple[Tensor, Layout]:
         """Packed token states [T, C] and their layout."""
         # Not by index: the backward pass of that adds up rows in one thread, 0.4 ms for 930 tokens.
         places = F.embedding(packed.position, self.positional_embedding.to(self.dtype))
         s = self.token_embedding(packed.ids).to(self.dtype) + places
         # A compiled tower is not compiled again for a longer text.
         longest = self.context_length if torch.compiler.is_compiling() else packed.max_length
-        return s, Layout(packed.cu_seqlens[1:] - 1, True, packed.cu_seqlens, longest)
+        return s, packed._replace(max_length=longest).layout()

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipfast.model.transformer import Layout
+
 
 class Packed(NamedTuple):
     """Texts without padding, one behind the other, on one device: what ``CLIP.pack`` makes and ``encode_text`` takes."""
@@ -18,9 +20,19 @@ class Packed(NamedTuple):
     cu_seqlens: Tensor  # int32 [B + 1]: where each text starts, and T
     max_length: int
 
+    def rows(self) -> Tensor:
+        """int64 [T]: the text of each token."""
+        return torch.repeat_interleave(self.cu_seqlens.diff(), output_size=len(self.ids))
 
-def pack(text: Tensor, lengths: Tensor | Sequence[int] | None, context_length: int, vocab_size: int) -> Packed:
-    """See ``CLIP.pack``."""
+    def layout(self) -> Layout:
+        """Of the tokens' states, under a causal mask and read at each text's end."""
+        return Layout(self.cu_seqlens[1:] - 1, True, self.cu_seqlens, self.max_length)
+
+
+def pack(
+    text: Tensor, lengths: Tensor | Sequence[int] | None, context_length: int, vocab_size: int, end_token: int | None = None
+) -> Packed:
+    """See ``CLIP.pack``; ``end_token``: where a text is read without lengths, None for its largest id."""
     expected = f"expected a tensor of token ids [B, 1 ≤ L ≤ {context_length}]"
     if not isinstance(text, Tensor):
         raise TypeError(f"encode_text: {expected}, got {type(text).__name__}; see tokenize")
@@ -31,8 +43,9 @@ def pack(text: Tensor, lengths: Tensor | Sequence[int] | None, context_length: i
     text = text.long()  # unsigned integers have next to no operators
     B, L = text.shape
     if B and (lengths is None or text.is_cpu):
-        first, least, most = torch.stack([text.argmax(1), text.amin(1), text.amax(1)]).cpu()  # one transfer
-        _check_ids(least, most, vocab_size - 1, ended=lengths is None)
+        end = text if end_token is None else (text == end_token).int()
+        first, least, most = torch.stack([end.argmax(1), text.amin(1), text.amax(1)]).cpu()  # one transfer
+        _check_ids(least, most, vocab_size - 1)
         lengths = first + 1 if lengths is None else lengths
     counts = torch.as_tensor([] if lengths is None else lengths, device="cpu")
     if counts.shape != (B,) or (B and counts.is_floating_point()):
@@ -48,13 +61,16 @@ def pack(text: Tensor, lengths: Tensor | Sequence[int] | None, context_length: i
     return Packed(text[row_of, position], position, ends.int(), int(counts.max()) if B else 0)
 
 
-def _check_ids(least: Tensor, most: Tensor, end: int, ended: bool) -> None:
-    """The least and the greatest id of every row [B], on the host; ``ended``: whether each row needs the end token."""
+def _check_ids(least: Tensor, most: Tensor, end: int) -> None:
+    """The least and the greatest id of every row [B], on the host."""
     if (wrong := (least < 0) | (most > end)).any():
         row = int(wrong.nonzero()[0])
         got = f"{int(least[row])} to {int(most[row])} in row {row}"
         raise ValueError(f"encode_text: expected ids of 0 to {end}, got {got}; see tokenize")
-    if ended and (most < end).any():
-        row = int((most < end).nonzero()[0])
-        expected = f"expected the end token, id {end}, in every row"
-        raise ValueError(f"encode_text: {expected}, got none in row {row}; see tokenize, or give lengths")
+
+
+def padded(packed: Packed) -> tuple[Tensor, Tensor]:
+    """(text [B, L], zero behind the end, lengths [B]) of packed texts; L is the longest's."""
+    lengths = packed.cu_seqlens.diff()
+    text = packed.ids.new_zeros(len(lengths), packed.max_length)
+    return text.index_put((packed.rows(), packed.position), packed.ids), lengths

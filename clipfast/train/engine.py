@@ -318,7 +318,7 @@ def prepare(model: CLIP, config: TrainConfig) -> list[nn.Module]:
     if config.patch_dropout:
         if not vit:
             raise ValueError("expected a ViT for patch_dropout, got a ResNet; leave it out")
-        visual.transformer.register_forward_pre_hook(drop_patches(config.patch_dropout))
+        visual.patch_dropout = config.patch_dropout
     model.set_grad_checkpointing(config.gradient_checkpointing)
     transformers = [model.transformer, *([visual.transformer] if vit else [])]
     blocks = [block for transformer in transformers for block in transformer.resblocks]
@@ -329,21 +329,6 @@ def prepare(model: CLIP, config: TrainConfig) -> list[nn.Module]:
         for block in blocks:
             block.compile()
     return blocks
-
-
-def drop_patches(share: float) -> Any:
-    """A hook before a transformer: each image keeps a random 1 - share of its patches, and its class token (Li et al. 2023)."""
-
-    def hook(transformer: nn.Module, given: Any) -> Any:
-        s, layout = given
-        if not transformer.training:
-            return None
-        B, L, C = s.shape
-        kept = torch.rand(B, L - 1, device=s.device).argsort(1)[:, : max(1, round((L - 1) * (1 - share)))] + 1
-        index = torch.cat([kept.new_zeros(B, 1), kept], 1)  # their order is free: positions are in them already
-        return s.gather(1, index[..., None].expand(-1, -1, C)), layout
-
-    return hook
 
 
 def random_state(device: torch.device) -> list[Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import mkdtemp
@@ -18,13 +20,13 @@ from clipfast.inputs.image import MEAN, STD
 from clipfast.inputs.tokenizer import END, START, SimpleTokenizer
 from clipfast.model import CLIP
 from clipfast.weights.load import beyond_shapes
-from clipfast.weights.names import TRANSFORMERS_NAMES
+from clipfast.weights.transformers import NAMES
 
 
 def export(model: CLIP, out: str | Path, layout: str = "safetensors") -> Path:
     """Write `model` so that another library loads it with equal features; -> the file or folder.
 
-    layout: "openai", a .pt for `clip.load`; "open_clip", a folder for `open_clip.create_model("local-dir:...")`;
+    layout: "openai", a TorchScript archive for `clip.load`; "open_clip", a folder for `open_clip.create_model("local-dir:…")`;
         "transformers", a folder for `CLIPModel`, `CLIPProcessor` and their kin; "safetensors", one file for `clipfast.load`.
 
     Raises ValueError where that library has no such model, FileExistsError where `out` exists.
@@ -34,6 +36,8 @@ def export(model: CLIP, out: str | Path, layout: str = "safetensors") -> Path:
     target = Path(out)
     if target.exists():
         raise FileExistsError(f"expected nothing at {target} yet, but it exists; choose another place")
+    if None in (model.visual, model.transformer) and layout != "safetensors":
+        raise ValueError(f"{layout} gets both towers, and this model has one tower alone: export to safetensors")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     write = LAYOUTS[layout]
@@ -54,8 +58,9 @@ def export(model: CLIP, out: str | Path, layout: str = "safetensors") -> Path:
 def _openai(model: CLIP, state: dict[str, Tensor], path: Path) -> None:
     told = beyond_shapes(model)
     vit, width = hasattr(model.visual, "transformer"), model.visual.conv1.out_channels
-    theirs = {"quick_gelu": True, "transformer_heads": model.transformer.width // 64}
+    theirs: dict[str, Any] = {"quick_gelu": True, "transformer_heads": model.transformer.width // 64}
     theirs["vision_heads"] = width // 64 if vit else 2 * width * 32 // 64
+    theirs |= {name: {} for name in ("vision", "text") if name in told}
     if differ := {name: told[name] for name, value in theirs.items() if told[name] != value}:
         raise ValueError(f"OpenAI's clip has no such model: {differ}, where it has {theirs}; export to open_clip")
     marks = {
@@ -63,8 +68,19 @@ def _openai(model: CLIP, state: dict[str, Tensor], path: Path) -> None:
         "context_length": model.context_length,
         "vocab_size": model.vocab_size,
     }
-    with replacing(path) as file:
-        torch.save(state | {name: torch.tensor(value) for name, value in marks.items()}, file)
+    traced: Any = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    for name, value in marks.items():
+        traced.__dict__.pop(name, None)
+        traced.register_buffer(name, torch.tensor(value))
+    side = told["image_resolution"]
+    image = torch.zeros(1, 3, side, side, dtype=model.dtype)
+    text = torch.zeros(1, model.context_length, dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer remarks on shape checks, and on its own age: OpenAI's format is what it is
+        calls = {"forward": (image, text), "encode_image": image, "encode_text": text}
+        archive = torch.jit.trace_module(traced, calls, check_trace=False)
+        with replacing(path) as file:
+            torch.jit.save(archive, file)
 
 
 def _safetensors(model: CLIP, state: dict[str, Tensor], path: Path) -> None:
@@ -81,25 +97,60 @@ def _open_clip(model: CLIP, state: dict[str, Tensor], folder: Path) -> None:
     vision = {"image_size": told["image_resolution"], "layers": layers, "width": width}
     vision |= {"patch_size": visual.conv1.kernel_size[0] if vit else None}
     vision |= {"head_width": width * (1 if vit else 32) // told["vision_heads"]}
+    vision |= _open_clip_fields("vision", width, told["quick_gelu"], model.vision_options)
     text = {"context_length": model.context_length, "vocab_size": model.vocab_size, "width": model.transformer.width}
     text |= {"heads": told["transformer_heads"], "layers": model.transformer.layers}
+    text |= _open_clip_fields("text", model.transformer.width, told["quick_gelu"], model.text_options)
     sizes = {"embed_dim": visual.output_dim, "quick_gelu": told["quick_gelu"], "vision_cfg": vision, "text_cfg": text}
+    if not model.causal:
+        sizes["custom_text"] = True  # open_clip's other class knows the mask's absence only from its text tower
+    if model.logit_bias is not None:
+        sizes["init_logit_bias"] = 0.0
     preprocess = {"mean": list(MEAN), "std": list(STD), "interpolation": "bicubic", "resize_mode": "shortest"}
     _write_json(folder / "open_clip_config.json", {"model_cfg": sizes, "preprocess_cfg": preprocess})
     safetensors.torch.save_file(state, folder / "open_clip_model.safetensors", {"format": "pt"})
+
+
+def _open_clip_fields(tower: str, width: int, quick_gelu: bool, options: dict[str, Any]) -> dict[str, Any]:
+    """What open_clip says of a tower that differs from OpenAI's; ValueError where it has no such tower."""
+    fields: dict[str, Any] = {}
+    for option, value in options.items():
+        if option == "mlp_width":  # so that int(width * ratio) is the width
+            fields["mlp_ratio"] = (value + 0.5) / width
+        elif option == "layer_scale" and value:
+            fields["ls_init_value"] = 1e-5
+        elif option == "eps":
+            fields["norm_kwargs"] = {"eps": value}
+        elif option == "activation" and value == "gelu_tanh" and not quick_gelu:
+            fields["act_kwargs"] = {"approximate": "tanh"}
+        elif option == "ln_pre":
+            fields["no_ln_pre"] = not value
+        elif option == "pool":
+            fields |= {"pool_type": "avg", "final_ln_after_pool": True} if value == "average" else {"pool_type": "tok"}
+        elif option == "causal":
+            fields["no_causal_mask"] = not value
+        elif option == "end_token" and value is not None:
+            fields |= {"pool_type": "last"} if value == -1 else {"pool_type": "eos", "eos_id": value}
+        elif option not in ("layer_scale", "end_token") and value != {"channels": 3, "dropout": 0.0}.get(option):
+            raise ValueError(f"open_clip has no {tower} tower with {option} = {value!r}: export to safetensors")
+    return fields
 
 
 def _transformers(model: CLIP, state: dict[str, Tensor], folder: Path) -> None:
     told, visual = beyond_shapes(model), model.visual
     if not hasattr(visual, "transformer"):
         raise ValueError("transformers has no CLIP with a ResNet; export to openai or open_clip")
-    common: dict[str, Any] = {"hidden_act": "quick_gelu" if told["quick_gelu"] else "gelu", "layer_norm_eps": 1e-5}
-    common |= {"projection_dim": visual.output_dim}
+    if model.logit_bias is not None:
+        raise ValueError("transformers has no CLIP with a logit_bias; export to open_clip")
     end = model.vocab_size - 1
-    text = _tower(model.transformer, told["transformer_heads"]) | common | {"max_position_embeddings": model.context_length}
+    common = {"projection_dim": visual.output_dim}
+    text = _tower("text", model.transformer, told["quick_gelu"], model.text_options) | common
+    text |= {"max_position_embeddings": model.context_length, "num_attention_heads": told["transformer_heads"]}
     text |= {"vocab_size": model.vocab_size, "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
-    vision = _tower(visual.transformer, told["vision_heads"]) | common | {"patch_size": visual.conv1.kernel_size[0]}
-    vision |= {"image_size": told["image_resolution"]}
+    text |= {} if model.end_token is None else {"eos_token_id": model.end_token}
+    vision = _tower("image", visual.transformer, told["quick_gelu"], model.vision_options) | common
+    vision |= {"patch_size": visual.conv1.kernel_size[0], "num_attention_heads": told["vision_heads"]}
+    vision |= {"image_size": told["image_resolution"], "num_channels": visual.conv1.in_channels}
     config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": visual.output_dim}
     _write_json(folder / "config.json", config | {"text_config": text, "vision_config": vision})
     safetensors.torch.save_file(_rename(state), folder / "model.safetensors", {"format": "pt"})
@@ -116,10 +167,20 @@ def _transformers(model: CLIP, state: dict[str, Tensor], folder: Path) -> None:
         _write_json(folder / "tokenizer_config.json", names | dict.fromkeys(("eos_token", "unk_token", "pad_token"), END))
 
 
-def _tower(transformer: Any, heads: int) -> dict[str, Any]:
+_TRANSFORMERS_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
+def _tower(tower: str, transformer: Any, quick_gelu: bool, options: dict[str, Any]) -> dict[str, Any]:
+    """transformers' fields of a tower; ValueError where it has no such tower."""
     width = transformer.width
-    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": len(transformer.resblocks)}
-    return sizes | {"num_attention_heads": heads}
+    known = {"ln_pre": True, "pool": "token", "layer_scale": False, "causal": True}
+    for option, value in options.items():
+        if (option, value) == ("end_token", -1) or value != known.get(option, value):
+            raise ValueError(f"transformers has no CLIP whose {tower} tower has {option} = {value!r}: export to open_clip")
+    activation = options.get("activation", "quick_gelu" if quick_gelu else "gelu")
+    fields = {"hidden_size": width, "intermediate_size": options.get("mlp_width") or 4 * width}
+    fields |= {"num_hidden_layers": len(transformer.resblocks), "hidden_act": _TRANSFORMERS_ACTIVATIONS[activation]}
+    return fields | {"layer_norm_eps": options.get("eps", 1e-5), "attention_dropout": options.get("dropout", 0.0)}
 
 
 def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,7 +190,7 @@ def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if name in ("text_projection", "visual.proj"):
             tensor = tensor.T
         # The text tower's names are parts of the image tower's: longest first.
-        for theirs, ours in sorted(TRANSFORMERS_NAMES.items(), key=lambda pair: -len(pair[1])):
+        for theirs, ours in sorted(NAMES.items(), key=lambda pair: -len(pair[1])):
             if ours.startswith(".") or name.startswith(ours):
                 name = name.replace(ours, theirs, 1)
         parts = tensor.chunk(3) if ".in_proj_" in name else [tensor]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.rivals import open_clip_model
-from clipfast.model import CLIP, MODELS
+from clipfast.model import CLIP, MODELS, Bottleneck
 
 END = 49407
 
@@ -144,13 +144,78 @@ def test_intermediates_agree_with_the_short_cut(family: str) -> None:
         expected = theirs.forward_intermediates(image, text)
         assert relative(out["image_features"], ours.encode_image(image, normalize=True)) < 1e-5
         assert relative(out["text_features"], ours.encode_text(text, normalize=True)) < 1e-5
-    for got, state in zip(out["image_intermediates"][-3:], expected["image_intermediates"][-3:], strict=True):
-        places = got if family != "vit" else got[:, 1:].transpose(1, 2).reshape(state.shape)
-        assert relative(places, state) < 1e-5
-    for got, state in zip(out["text_intermediates"], expected["text_intermediates"], strict=True):
-        for row, length in enumerate(text.argmax(dim=-1) + 1):
-            assert relative(got[row, :length], state[row, :length]) < 1e-5
-            assert not got[row, length:].any()
+    for name in ("image_intermediates", "text_intermediates"):
+        for got, state in zip(out[name], expected[name], strict=True):
+            assert relative(got, state) < 1e-5
+
+
+INTERMEDIATES = [
+    dict(image_indices=2, text_indices=[0, -1], normalize=False),
+    dict(image_output_extra_tokens=True, normalize_intermediates=True),
+    dict(image_output_fmt="NLC", intermediates_only=True),
+    dict(output_logits=True, output_logit_scale_bias=True, image_indices=[1]),
+]
+
+
+@pytest.mark.parametrize("options", INTERMEDIATES, ids=lambda options: ", ".join(options))
+def test_intermediates_take_open_clips_arguments(options: dict) -> None:
+    ours, theirs = (model.eval() for model in small_pair("vit"))
+    image, text = small_batch("vit")
+    with torch.no_grad():
+        got, expected = (model.forward_intermediates(image, text, **options) for model in (ours, theirs))
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        pairs = zip(got[name], value, strict=True) if isinstance(value, list) else [(got[name], value)]
+        assert all(g.shape == e.shape and relative(g, e) < 1e-5 for g, e in pairs), name
+
+
+def test_intermediates_refuse_what_is_not_there() -> None:
+    ours, (image, text) = small_pair("vit")[0], small_batch("vit")
+    for options, match in (
+        (dict(image_indices=4), "indices among 3 blocks, got 4"),
+        (dict(text_indices=[3]), r"among 3 blocks, got \[3\]"),
+        (dict(image_output_fmt="NHWC"), "image_output_fmt NCHW"),
+        (dict(text_output_fmt="NCHW"), "text_output_fmt NLC"),
+        (dict(intermediates_only=True, output_logits=True), "features for logits"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            ours.forward_intermediates(image, text, **options)
+
+
+def test_open_clips_calls() -> None:
+    """Which weights learn, what is not decayed, and what a forward pass gives, as open_clip's class has them."""
+    for family, groups in (("vit", (0, 1, 3, 5)), ("resnet", (0,))):
+        for n in groups:
+            ours, theirs = small_pair(family)
+            for model in (ours, theirs):
+                model.lock_image_tower(n, freeze_bn_stats=True)
+                model.lock_text_tower(unlocked_layers=n)
+                model.train()
+            learning = {name for name, p in theirs.named_parameters() if p.requires_grad}
+            assert {name for name, p in ours.named_parameters() if p.requires_grad} == learning
+            assert not any(m.training for m in ours.visual.modules() if isinstance(m, nn.BatchNorm2d))
+        assert ours.no_weight_decay() == theirs.no_weight_decay()
+        assert ours.visual.image_size == theirs.visual.image_size
+        ours.eval(), theirs.eval()
+        image, text = small_batch(family)
+        with torch.no_grad():
+            for got, expected in zip(ours.get_logits(image, text), theirs.get_logits(image, text), strict=True):
+                assert relative(got, expected) < 1e-5
+            ours.output_dict = theirs.output_dict = True
+            for given in (dict(image=image, text=text), dict(text=text), dict(image=image)):
+                got, expected = ours(**given), theirs(**given)
+                assert got.keys() == expected.keys()
+                assert all(got[k] is None if v is None else relative(got[k], v) < 1e-5 for k, v in expected.items())
+
+
+def test_a_bias_of_the_logits() -> None:
+    model, (image, text) = CLIP(**SMALL["vit"], **TEXT, logit_bias=-10).eval(), small_batch("vit")
+    plain = copy.deepcopy(model)
+    plain.logit_bias = None
+    with torch.no_grad():
+        assert relative(model(image, text)[0] + 10, plain(image, text)[0]) < 1e-5
+        model.output_dict = True
+        assert model(image, text)["logit_bias"] is model.logit_bias
 
 
 @pytest.mark.parametrize("family", SMALL)
@@ -163,7 +228,7 @@ def test_initial_weights_follow_the_paper_code(family: str) -> None:
             assert torch.isclose(parameter.std(), dict(theirs.named_parameters())[name].std(), rtol=0.15), name
     assert torch.isclose(ours.logit_scale.exp(), torch.tensor(1 / 0.07))
     if family != "vit":
-        assert all(not m.bn3.weight.any() for m in ours.visual.modules() if hasattr(m, "bn3") and hasattr(m, "avgpool"))
+        assert all(not m.bn3.weight.any() for m in ours.visual.modules() if isinstance(m, Bottleneck))
 
 
 def test_batch_statistics_equal_open_clip() -> None:

@@ -25,7 +25,7 @@ from clipfast.kernels import dispatch
 from clipfast.kernels.linear import onednn
 from clipfast.model import CLIP, Packed, graphs
 from clipfast.train.job import Job, spread
-from tests.model.test_model import END, SMALL, TEXT, captions, relative, shake, small_batch
+from tests.model.test_model import SMALL, TEXT, captions, relative, shake, small_batch
 
 FAMILIES = list(SMALL)
 
@@ -320,8 +320,6 @@ def test_wrong_texts_are_named() -> None:
         text[row, column] = value
         return text
 
-    with pytest.raises(ValueError, match=f"the end token, id {END}, in every row, got none in row 1"):
-        model.encode_text(changed(1, 4, 7))
     with pytest.raises(ValueError, match="ids of 0 to 49407, got 0 to 49408 in row 0"):
         model.encode_text(changed(0, 1, 49408))
     with pytest.raises(ValueError, match="ids of 0 to 49407, got -1 to 49407 in row 1"):

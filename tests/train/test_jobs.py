@@ -22,7 +22,7 @@ from torch import Tensor
 from clipfast.data import Batch
 from clipfast.model import CLIP
 from clipfast.train import TrainConfig, checkpoint, train
-from clipfast.train.engine import Objective, Towers, backward, drop_patches, split
+from clipfast.train.engine import Objective, Towers, backward, split
 from clipfast.train.job import Job, exchange, full, spread
 from tests.data.test_data import write_shards
 from tests.train.test_train import RESNET, SIZES, checkpointed, dense_loss, log, pairs, tiny
@@ -53,7 +53,7 @@ def case_model(dtype: torch.dtype, rows_before: int = 0) -> CLIP:
     """A model whose images lose half of their four patches: a row's are the same ones however the batch is split, as they are
     drawn row by row, and a rank's generator stands where its rows begin."""
     model = tiny(SMALL).to(dtype)
-    model.visual.transformer.register_forward_pre_hook(drop_patches(0.5))
+    model.visual.patch_dropout = 0.5
     torch.manual_seed(1)
     torch.rand(rows_before, 4)
     return model

@@ -18,9 +18,11 @@ import torch
 import transformers
 from torch import nn
 
-from clipfast.inputs.image import Preprocess
+from clipfast.inputs.image import MEAN, STD, Preprocess
 from clipfast.model import CLIP, MODELS
-from clipfast.weights import names
+from clipfast.weights import hub, names
+from clipfast.weights import open_clip as open_clip_names
+from clipfast.weights import transformers as transformers_names
 
 VIT = {"layers": 2, "width": 128, "patch_size": 16, "image_size": 48}
 RESNET = {"layers": [1, 2, 1, 1], "width": 16, "image_size": 64}
@@ -185,7 +187,7 @@ def test_load_transformers(tmp_path: Path, form: str) -> None:
         config = json.loads((tmp_path / "config.json").read_text())
         config |= {"text_config_dict": config["text_config"], "text_config": {"num_attention_heads": 1}}
         (tmp_path / "config.json").write_text(json.dumps(config))
-    processor = {"image_mean": weights.MEAN, "image_std": weights.STD, "resample": 3}
+    processor = {"image_mean": MEAN, "image_std": STD, "resample": 3}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     assert_equal_features(weights.load(tmp_path, "cpu")[0], source)
 
@@ -194,9 +196,9 @@ def test_defaults_are_those_of_the_libraries() -> None:
     """A saved config.json leaves defaults out."""
     vision, text, clip = open_clip.CLIPVisionCfg(), open_clip.CLIPTextCfg(), transformers.CLIPConfig()
     theirs = {"vision_cfg": vision, "text_cfg": text, "vision_config": clip.vision_config, "text_config": clip.text_config}
-    for section, fields in {**names._OPEN_CLIP, **names._TRANSFORMERS}.items():
+    for section, fields in {**open_clip_names.DEFAULTS, **transformers_names.DEFAULTS}.items():
         assert fields == {field: getattr(theirs[section], field) for field in fields}
-    for field, value in names._OPEN_CLIP_VALUES.items():
+    for field, value in open_clip_names.VALUES.items():
         assert getattr(vision, field, value) in (value, None) and getattr(text, field, value) in (value, None)
 
 
@@ -371,20 +373,15 @@ def test_positions_are_not_resized(tmp_path: Path) -> None:
     [
         ({"timm_model_name": "vit_base"}, {}, {}, "vision_cfg.timm_model_name"),
         ({"pool_type": "avg"}, {}, {}, "vision_cfg.pool_type = 'avg'"),
-        ({"ls_init_value": 1e-4}, {}, {}, "vision_cfg.ls_init_value"),
         ({"attentional_pool": True}, {}, {}, "vision_cfg.attentional_pool"),
-        ({"mlp_ratio": 4.9231}, {}, {}, "vision_cfg.mlp_ratio = 4.9231"),
-        ({"no_ln_pre": True}, {}, {}, "vision_cfg.no_ln_pre"),
         ({"image_size": [48, 64]}, {}, {}, "vision_cfg.image_size"),
         ({"never_heard_of": 1}, {}, {}, "vision_cfg.never_heard_of"),
         ({}, {"hf_model_name": "roberta-base"}, {}, "text_cfg.hf_model_name"),
         ({}, {"embed_cls": True}, {}, "text_cfg.embed_cls"),
-        ({}, {"no_causal_mask": True}, {}, "text_cfg.no_causal_mask"),
-        ({}, {"pool_type": "last"}, {}, "text_cfg.pool_type = 'last'"),
-        ({}, {"pool_type": "eos", "eos_id": 2}, {}, "text_cfg.eos_id = 2.* largest .* 299"),
-        ({}, {"tokenizer_kwargs": {"clean": "canonicalize"}}, {}, "text_cfg.tokenizer_kwargs"),
-        ({}, {"norm_kwargs": {"eps": 1e-6}}, {}, "text_cfg.norm_kwargs"),
-        ({}, {}, {"init_logit_bias": -10}, "model_cfg.init_logit_bias = -10"),
+        ({}, {"pool_type": "first"}, {}, "text_cfg.pool_type = 'first'"),
+        ({}, {"norm_kwargs": {"elementwise_affine": False}}, {}, "text_cfg.norm_kwargs"),
+        ({"act_kwargs": {"negative_slope": 1}}, {}, {}, "vision_cfg.act_kwargs"),
+        ({"patch_dropout": 0.5}, {}, {}, r"vision_cfg.patch_dropout.*clipfast.accelerate\(model\)"),
         ({}, {}, {"multimodal_cfg": {"layers": 2}}, "model_cfg.multimodal_cfg"),
     ],
 )
@@ -398,19 +395,10 @@ def test_open_clip_configurations_refused(tmp_path: Path, vision: dict, text: di
     ("options", "match"),
     [
         ({"vision": VIT | {"pool_type": "avg"}}, "vision_cfg.pool_type = 'avg'"),
-        ({"vision": VIT | {"final_ln_after_pool": True}}, "vision_cfg.final_ln_after_pool"),
         ({"vision": VIT | {"patch_dropout": 0.5}}, "vision_cfg.patch_dropout"),
-        ({"vision": VIT | {"ls_init_value": 0.1}}, "unexpected: .*ls_1.gamma"),
-        ({"vision": VIT | {"no_ln_pre": True}}, "2 missing: visual.ln_pre.bias, visual.ln_pre.weight"),
         ({"vision": VIT | {"attentional_pool": True}}, "unexpected: visual.attn_pool"),
         ({"vision": VIT | {"scale_fc": True}}, "block = 'CustomResidualAttentionBlock'"),
-        ({"vision": VIT | {"act_kwargs": {"approximate": "tanh"}}, "quick_gelu": False}, "approximate = 'tanh'"),
-        ({"text": TEXT | {"norm_kwargs": {"eps": 1e-6}}}, "eps = 1e-06"),
-        ({"text": TEXT | {"pool_type": "last"}}, "text_cfg.pool_type = 'last'"),
-        ({"text": TEXT | {"pool_type": "eos", "eos_id": 7}}, "text_cfg.eos_id = 7"),
-        ({"text": TEXT | {"no_causal_mask": True}, "kind": open_clip.model.CustomTextCLIP}, "text_cfg.no_causal_mask"),
         ({"text": TEXT | {"proj_bias": True}, "kind": open_clip.model.CustomTextCLIP}, "lacks text_projection"),
-        ({"init_logit_bias": -10.0}, "1 unexpected: logit_bias"),
     ],
 )
 def test_live_modules_refused(options: dict, match: str) -> None:
@@ -426,13 +414,9 @@ def test_end_token_at_the_largest_id_is_accepted() -> None:
     ("change", "match"),
     [
         ({"model_type": "siglip"}, "model_type = 'siglip'"),
-        ({"text_config": {"eos_token_id": 7}}, "text_config.eos_token_id = 7.* largest .* 299"),
-        ({"text_config": {"hidden_act": "gelu"}}, "hidden_act = 'quick_gelu'"),
-        (
-            {c: {"hidden_act": "gelu_pytorch_tanh"} for c in ("vision_config", "text_config")},
-            "hidden_act = 'gelu_pytorch_tanh'",
-        ),
-        ({"vision_config": {"layer_norm_eps": 1e-6}}, "vision_config.layer_norm_eps"),
+        ({"text_config": {"hidden_act": "relu"}}, "text_config.hidden_act = 'relu'"),
+        ({"text_config": {"eos_token_id": [7, 8]}}, r"text_config.eos_token_id = \[7, 8\]"),
+        ({"architectures": ["CLIPForImageClassification"]}, "architectures = 'CLIPForImageClassification'.*accelerate"),
         ({"vision_config": {"image_size": 224}}, "mis-shaped: visual.positional_embedding"),
         ({"text_config": {"num_hidden_layers": 4}}, "missing: transformer.resblocks.3.attn.in_proj_bias"),
     ],
@@ -444,15 +428,6 @@ def test_transformers_configurations_refused(tmp_path: Path, change: dict, match
         config[field] = config[field] | value if isinstance(value, dict) else value
     (tmp_path / "config.json").write_text(json.dumps(config))
     refused(partial(weights.load, tmp_path), match)
-
-
-def test_foreign_preprocessing_is_refused(tmp_path: Path) -> None:
-    config = open_clip_config()
-    config["preprocess_cfg"]["mean"] = [0.5, 0.5, 0.5]
-    refused(partial(weights.load, save_open_clip_folder(tmp_path / "x", nn.Linear(1, 1), config)), "mean = .*0.5")
-    make_transformers().save_pretrained(tmp_path / "y")
-    (tmp_path / "y" / "processor_config.json").write_text(json.dumps({"image_processor": {"image_std": [1, 1, 1]}}))
-    refused(partial(weights.load, tmp_path / "y"), "image_std")
 
 
 class Malicious:
@@ -489,7 +464,8 @@ def test_damaged_files(tmp_path: Path, form: str) -> None:
     [
         (torch.zeros(3), "expected a mapping of names to tensors, got Tensor"),
         ({}, "expected names with tensors"),
-        ({"model": {"a": torch.zeros(1)}}, "expected names with tensors, got .*'model': 'dict'"),
+        ({"model": {"a": torch.zeros(1)}}, "not the two towers of CLIP: lacks visual.conv1.weight.*has a"),
+        ({"net": {"a": torch.zeros(1)}}, "expected names with tensors, got .*'net': 'dict'"),
         ({"fc.weight": torch.zeros(2, 2)}, "not the two towers of CLIP: lacks visual.conv1.weight.*has fc.weight"),
         (
             {"visual.trunk.patch_embed.weight": torch.zeros(2, 2)},
@@ -555,7 +531,7 @@ def test_hub_is_retried_only_once_without_network(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
     refused(partial(weights.load, "hf-hub:org/name"), "without a network", FileNotFoundError)
-    assert tried == [False, True]
+    assert tried[0] is False and all(tried[1:])
 
 
 @pytest.fixture
@@ -614,7 +590,7 @@ def test_failed_downloads_leave_nothing(server, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(weights.URLS, "ViT-B/32", server.url.replace(server.url.split("/")[-2], "0" * 64))
     refused(load, "expected SHA-256 0000.*, got .*: try again", RuntimeError)
     assert not list(server.root.iterdir())
-    monkeypatch.setattr(weights.tqdm, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(hub.tqdm, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         load()
     assert not list(server.root.iterdir())

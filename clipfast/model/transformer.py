@@ -1,0 +1,356 @@
+"""Residual attention blocks: as OpenAI's modules, and fused, for whoever's modules hold the weights.
+
+The residual stream s travels beside the update that the block before owes to it: addition and layer norm are one pass.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from clipfast.kernels import attention, layer_norm, linear, mlp, pooling
+from clipfast.kernels.linear import onednn
+from clipfast.model.rule import PLAIN, untouched, watched, whole
+
+# ---- the fused block
+
+
+class Linear(NamedTuple):
+    weight: Tensor  # [out, in]
+    bias: Tensor | None
+
+
+class Norm(NamedTuple):
+    weight: Tensor  # [C]
+    bias: Tensor
+    eps: float
+
+
+class Layout(NamedTuple):
+    """How the tokens of a batch lie: packed one behind the other, or dense with ``cu_seqlens`` None."""
+
+    read: Any = None  # the index of the token that is read out of each sequence
+    causal: bool = False
+    cu_seqlens: Tensor | None = None  # int32 [B + 1]: where each sequence starts, and T
+    max_length: int | None = None
+
+
+class Stream(NamedTuple):
+    """Token states on their way through fused blocks."""
+
+    s: Tensor  # [B, L, C], or packed [T, C]
+    update: Tensor | None  # as s: what the block before still owes to s
+    layout: Layout
+    read: bool = False  # whether the next block works for the token that is read alone; afterwards that it did
+
+    def settled(self) -> Tensor:
+        return self.s if self.update is None else self.s + self.update
+
+
+class Parts(NamedTuple):
+    """The tensors of a residual attention block, pre-norm."""
+
+    heads: int
+    ln_1: Norm
+    qkv: tuple[Linear, ...]  # one of [3C, C], or those of queries, keys and values apart
+    out: Linear
+    ln_2: Norm
+    fc: Linear
+    activation: bool | Callable[[Tensor], Tensor]  # True: QuickGELU, False: exact GELU, or what maps each number
+    proj: Linear
+    scales: tuple[Tensor, Tensor] | None = None  # [C] each: layer scale of either branch
+
+
+def block(stream: Stream, parts: Parts) -> Stream:
+    """One block: [..., C] -> the same; of a stream to be read -> [B, C], at the token that is read alone."""
+    s, update, layout, read = stream
+    x, s = (normed(s, parts.ln_1), s) if update is None else normed(s, parts.ln_1, update)
+    y = _pool(x, parts, layout) if read else _attend(x, parts, layout)
+    y = linear(y, parts.out.weight, parts.out.bias)
+    x, s = normed(s[layout.read] if read else s, parts.ln_2, y if parts.scales is None else y * parts.scales[0])
+    if isinstance(parts.activation, bool) and parts.fc.bias is not None:
+        y = mlp(x, *parts.fc, *parts.proj, parts.activation)  # type: ignore[arg-type]
+    else:
+        hidden, act = linear(x, *parts.fc), parts.activation
+        act = act if callable(act) else QuickGELU() if act else nn.GELU()
+        y = linear(act(hidden), *parts.proj)
+    return Stream(s, y if parts.scales is None else y * parts.scales[1], layout, read)
+
+
+def normed(x: Tensor, norm: Norm, residual: Tensor | None = None) -> Any:
+    """The layer norm of x, or (that of x + residual, x + residual)."""
+    return layer_norm(x, norm.weight, norm.bias, residual, norm.eps)
+
+
+def projected(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., C] @ weight [C, D]."""
+    return x @ weight if watched() or type(weight) not in (Tensor, nn.Parameter) else linear(x, weight.T)
+
+
+def _attend(x: Tensor, parts: Parts, layout: Layout) -> Tensor:
+    """x [..., C] -> [..., C]: every token attends."""
+    qkv = joined_linear(x, parts.qkv)
+    return attention(qkv, parts.heads, causal=layout.causal, cu_seqlens=layout.cu_seqlens, max_length=layout.max_length)
+
+
+def joined_linear(x: Tensor, parts: tuple[Linear, ...]) -> Tensor:
+    """x [..., C] through several projections, side by side: one product of joined weights, or joined results, whichever is the
+    smaller copy."""
+    if len(parts) == 1:
+        return linear(x, *parts[0])
+    if x.numel() < parts[0].weight.numel() or any(part.bias is None for part in parts):
+        return torch.cat([linear(x, *part) for part in parts], -1)
+    return linear(x, torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))  # type: ignore[misc]
+
+
+def _pool(x: Tensor, parts: Parts, layout: Layout) -> Tensor:
+    """x [..., C] -> [B, C]: only the token that is read attends, to the whole sequence."""
+    if len(parts.qkv) == 1:
+        weights = parts.qkv[0].weight.chunk(3)
+        biases = parts.qkv[0].bias.chunk(3) if parts.qkv[0].bias is not None else (None,) * 3
+    else:
+        weights, biases = tuple(zip(*parts.qkv, strict=True))  # type: ignore[assignment]
+    zero = [x.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
+    return pooling(
+        x, x[layout.read], weights[0], zero[0], weights[1], weights[2], zero[2], parts.heads,
+        cu_seqlens=layout.cu_seqlens, max_length=layout.max_length,
+    )  # fmt: skip
+
+
+# ---- OpenAI's modules
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm whose sums are in fp32 at the least, and whose result has its input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not watched() and _plain_norm(self):
+            return layer_norm(x, self.weight, self.bias, None, self.eps)
+        return super().forward(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+
+
+def _plain_norm(ln: nn.LayerNorm) -> bool:
+    weights = ln.__dict__["_parameters"]
+    return len(ln.normalized_shape) == 1 and all(type(weights.get(n)) in (Tensor, nn.Parameter) for n in ("weight", "bias"))
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class LayerScale(nn.Module):
+    """open_clip's: a learned factor for each channel of a branch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(1e-5 * torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "quick_gelu": QuickGELU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+}
+
+
+class ResidualAttentionBlock(nn.Module):
+    """A residual attention block, pre-norm (paper, section 2.4).
+
+    Args:
+        d_model, n_head: C and H.
+        attn_mask: added to the scores [L, L], or None.
+        mlp_width: F; None: 4 · C.
+        activation: of ``ACTIVATIONS``.
+        eps: of both layer norms.
+        dropout: of the attention weights, in training.
+        layer_scale: whether each branch has a learned factor for each channel.
+    """
+
+    def __init__(
+        self, d_model: int, n_head: int, attn_mask: Tensor | None = None, *, mlp_width: int | None = None,
+        activation: str = "quick_gelu", eps: float = 1e-5, dropout: float = 0.0, layer_scale: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"expected an activation of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        hidden = mlp_width or 4 * d_model
+        self.attn = nn.MultiheadAttention(d_model, n_head, dropout)
+        self.ln_1 = LayerNorm(d_model, eps)
+        self.mlp = nn.Sequential(
+            OrderedDict(c_fc=nn.Linear(d_model, hidden), gelu=ACTIVATIONS[activation](), c_proj=nn.Linear(hidden, d_model))
+        )
+        self.ln_2 = LayerNorm(d_model, eps)
+        self.ls_1, self.ls_2 = (LayerScale(d_model) if layer_scale else None for _ in range(2))
+        self.attn_mask = attn_mask
+
+    @property
+    def attn_mask(self) -> Tensor | None:
+        return self._mask
+
+    @attn_mask.setter
+    def attn_mask(self, mask: Tensor | None) -> None:
+        # Compared here, once: a comparison in the forward pass would wait for a GPU.
+        self._mask, self._version = mask, 0 if mask is None else mask._version
+        self.causal = mask is not None and mask.ndim == 2 and mask.equal(causal_mask(len(mask)).to(mask))
+
+    def attention(self, x: Tensor) -> Tensor:
+        mask, L = self.attn_mask, x.shape[0]
+        if mask is not None:
+            mask = mask[..., -L:, -L:].to(dtype=x.dtype, device=x.device)
+        return self.attn(x, x, x, need_weights=False, attn_mask=mask)[0]
+
+    def forward(self, x: Any) -> Any:
+        """x [L, B, C] -> the same; or a stream -> a stream, of a block that is ``fusable``."""
+        if type(x) is Stream:
+            return block(x, self.parts())
+        if type(x) is Tensor and x.ndim == 3 and whole_inside(self):
+            return block(Stream(x.transpose(0, 1), None, Layout(causal=self.causal)), self.parts()).settled().transpose(0, 1)
+        y = self.attention(self.ln_1(x))
+        x = x + (y if self.ls_1 is None else self.ls_1(y))
+        y = self.mlp(self.ln_2(x))
+        return x + (y if self.ls_2 is None else self.ls_2(y))
+
+    def parts(self) -> Parts:
+        attn: Any = self.attn
+        mlp: Any = self.mlp
+        kind = type(mlp.gelu)
+        exact = kind is nn.GELU and mlp.gelu.approximate == "none"
+        return Parts(
+            attn.num_heads, _norm(self.ln_1), (Linear(attn.in_proj_weight, attn.in_proj_bias),), _linear(attn.out_proj),
+            _norm(self.ln_2), _linear(mlp.c_fc), kind is QuickGELU if exact or kind is QuickGELU else mlp.gelu,
+            _linear(mlp.c_proj), None if self.ls_1 is None or self.ls_2 is None else (self.ls_1.gamma, self.ls_2.gamma),
+        )  # fmt: skip
+
+
+def causal_mask(length: int) -> Tensor:
+    """[L, L] on the CPU, to be added to scores: −inf where key j comes after query i."""
+    return torch.full((length, length), -torch.inf, device="cpu").triu_(1)
+
+
+def _norm(ln: Any) -> Norm:
+    return Norm(ln.weight, ln.bias, ln.eps)
+
+
+def _linear(module: Any) -> Linear:
+    return Linear(module.weight, module.bias)
+
+
+def whole_inside(block: Any) -> bool:
+    """Whether what a block consists of is untouched, so that its weights may be read; hooks on itself do not count."""
+    own = block.__dict__
+    if type(block) is not ResidualAttentionBlock and not whole(block, ResidualAttentionBlock):
+        return False
+    mask, modules = own["_mask"], own["_modules"]
+    if "attention" in own or (mask is not None and not block.causal):
+        return False
+    if mask is not None and not torch.compiler.is_compiling() and mask._version != own["_version"]:
+        return False
+    attn, mlp = modules["attn"], modules["mlp"]
+    if (
+        not untouched(*(m for m in modules.values() if m is not None))
+        or type(attn) is not nn.MultiheadAttention
+        or type(mlp) is not nn.Sequential
+    ):
+        return False
+    layers, out = mlp.__dict__["_modules"], attn.__dict__["_modules"]["out_proj"]
+    if [*layers] != ["c_fc", "gelu", "c_proj"] or not untouched(out, *layers.values()):
+        return False
+    if attn.batch_first or attn.add_zero_attn or (attn.dropout and attn.training):
+        return False
+    given = attn.__dict__["_parameters"]
+    return (
+        attn.bias_k is None and given.get("in_proj_weight") is not None and given.get("in_proj_bias") is not None
+        and type(layers["c_fc"]) is type(layers["c_proj"]) is nn.Linear
+        and type(modules["ln_1"]) is type(modules["ln_2"]) is LayerNorm
+        and type(layers["gelu"]) in ACTIVATIONS_KNOWN
+    )  # fmt: skip
+
+
+PLAIN |= {LayerNorm, LayerScale, QuickGELU}
+ACTIVATIONS_KNOWN = {QuickGELU, nn.GELU, nn.SiLU, nn.ReLU, nn.Identity}
+
+
+def fusable(block: nn.Module) -> bool:
+    """Whether a block takes a ``Stream``: it is exactly ours, nobody looks at it, and its parts are untouched."""
+    return whole(block, ResidualAttentionBlock) and whole_inside(block)
+
+
+class Transformer(nn.Module):
+    """Blocks one after the other; arguments beyond OpenAI's are the blocks'."""
+
+    def __init__(self, width: int, layers: int, heads: int, attn_mask: Tensor | None = None, **options: Any) -> None:
+        super().__init__()
+        self.width, self.layers = width, layers
+        self.checkpointing = False  # whether blocks are computed again in backward instead of kept
+        self.resblocks: Any = nn.Sequential(
+            *(ResidualAttentionBlock(width, heads, attn_mask, **options) for _ in range(layers))
+        )
+
+    def forward(self, x: Any) -> Any:
+        """x [L, B, C] -> the same; or a stream -> [B, C], the state of the token that is read."""
+        blocks = self.resblocks
+        if type(x) is not Stream:
+            return _as_itself(self.run(x)) if untouched(blocks) and type(x) is Tensor and x.ndim == 3 else blocks(x)
+        read = x.layout.read
+        return self.read(self.run(x, read=True), read)
+
+    @staticmethod
+    def read(x: Any, at: Any) -> Tensor:
+        """What ``run`` gave -> [B, C], the states of the tokens at that index."""
+        if type(x) is Stream and x.read:
+            return x.settled()
+        return (x.settled() if type(x) is Stream else x.transpose(0, 1))[at]
+
+    def run(self, x: Any, read: bool = False, kept: list[Tensor] | None = None, blocks: Any = None) -> Any:
+        """x, a stream or [L, B, C], through the blocks; a block that is not fusable takes [L, B, C] and may give what it likes.
+
+        read: whether the last block may work for the token that is read alone.
+        blocks: None: all.
+        kept: takes the states [B, L, C] after each block.
+        """
+        blocks = self.resblocks if blocks is None else blocks
+        last, given = len(blocks) - 1, x.layout if isinstance(x, Stream) else Layout()
+        for i, block in enumerate(blocks):
+            if isinstance(x, Tensor | Stream) and fusable(block):
+                x = x if isinstance(x, Stream) else Stream(x.transpose(0, 1), None, given)
+                layout = x.layout
+                if layout.causal != block.causal:
+                    layout = Layout(layout.read, bool(block.causal), layout.cu_seqlens, layout.max_length)
+                # Under a causal mask padded texts go on behind the token that is read, which must not see that.
+                short = read and i == last and (layout.cu_seqlens is not None or not layout.causal)
+                x = Stream(x.s, x.update, layout, short)
+            else:
+                x = _as_itself(x)
+            if self.checkpointing and torch.is_grad_enabled() and not (read and i == last):
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=type(x) is not Stream)
+            else:
+                x = block(x)
+            if kept is not None:
+                if type(x) is Stream:
+                    x = Stream(x.settled(), None, x.layout)
+                kept.append(x.s if type(x) is Stream else x.transpose(0, 1))
+        return x
+
+    def pack_weights(self) -> None:
+        """See ``CLIP.for_inference``."""
+        last = len(self.resblocks) - 1
+        for i, block in enumerate(self.resblocks):
+            homes: list[Any] = [(block.attn.out_proj, "weight"), (block.mlp.c_fc, "weight"), (block.mlp.c_proj, "weight")]
+            if i != last:  # which reads its projection in parts
+                homes.append((block.attn, "in_proj_weight"))
+            for home, name in homes:
+                setattr(home, name, nn.Parameter(onednn.packed(getattr(home, name)), requires_grad=False))
+
+
+def _as_itself(x: Any) -> Any:
+    """A stream as OpenAI's blocks take it, [L, B, C]."""
+    return x.settled().transpose(0, 1) if type(x) is Stream else x

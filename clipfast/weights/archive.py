@@ -1,0 +1,278 @@
+"""The tensors of a zip that PyTorch or TorchScript wrote, of which nothing is executed: no code of either kind.
+
+Such a file is a zip with an index, `data.pkl`, and one entry of plain bytes for each storage. Whatever the index may say, only
+tensors, containers and numbers come of it; a TorchScript class becomes a bag of attributes, any other class is refused.
+Sizes are checked against the file before memory is taken, and only the tensors that are asked for are read.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+INDEX = 8 << 20  # bytes of a pickle: one byte of it takes up to 60 of memory
+UNPACKED = 256 << 20  # bytes of all compressed entries: TorchScript compresses its code, storages are never compressed
+NAMES = 100_000  # of tensors: modules that hold each other could spell out any number
+
+
+class Stored(NamedTuple):
+    """A tensor that still lies in the file."""
+
+    archive: Archive
+    entry: str
+    dtype: torch.dtype
+    offset: int  # in elements
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """Its own bytes of its storage, in memory of its own."""
+        extent = _extent(self.shape, self.stride)
+        data = torch.empty(extent * self.dtype.itemsize, dtype=torch.uint8)
+        self.archive.read_into(self.entry, self.offset * self.dtype.itemsize, data)
+        return data.view(self.dtype).as_strided(self.shape, self.stride)
+
+
+class Object:
+    """An instance of a TorchScript class, as its attributes."""
+
+    module = name = ""
+
+    def __init__(self, *_: Any) -> None:
+        self.attributes: dict[str, Any] = {}
+
+    def __new__(cls, *_: Any) -> Object:
+        made = super().__new__(cls)
+        made.attributes = {}
+        return made
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.attributes = state
+
+
+class Archive:
+    """`with Archive(path) as archive`: the tree that the index describes, tensors as `Stored`.
+
+    Raises ValueError, pickle.UnpicklingError, zipfile.BadZipFile or whatever a damaged index makes its reader raise.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file: IO[bytes] = open(path, "rb")  # noqa: SIM115 - closed by __exit__
+        try:
+            self.zip = zipfile.ZipFile(self.file)
+            self.entries = _checked(self.zip)
+            index = next((name for name in self.entries if name.count("/") == 1 and name.endswith("/data.pkl")), None)
+            if index is None:
+                raise ValueError("the zip holds no data.pkl")
+            self.root = index.removesuffix("data.pkl")
+            self.is_torchscript = f"{self.root}constants.pkl" in self.entries
+            if f"{self.root}byteorder" in self.entries and self._small(f"{self.root}byteorder") != b"little":
+                raise ValueError("its bytes are in the order of a big-endian machine")
+            self.sources: dict[str, str] = {}
+            self.tree: Any = _Index(self, self._small(index)).load()
+        except BaseException:
+            self.file.close()
+            raise
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.file.close()
+
+    def _small(self, entry: str) -> bytes:
+        if (size := self.entries[entry].file_size) > INDEX:
+            raise ValueError(f"{entry} has {size:,} bytes, expected at most {INDEX:,}")
+        return self.zip.read(entry)
+
+    def read_into(self, entry: str, start: int, data: Tensor) -> None:
+        """Bytes [start, start + len(data)) of an entry that is not compressed."""
+        self.file.seek(self.entries[entry].header_offset + 26)  # the local header: 30 bytes, the name, an extra field
+        name, extra = (int.from_bytes(self.file.read(2), "little") for _ in range(2))
+        self.file.seek(name + extra + start, io.SEEK_CUR)
+        if self.file.readinto(data.numpy()) != len(data):  # type: ignore[attr-defined]
+            raise ValueError(f"{entry} ends too early")
+
+    # ---- what TorchScript's classes say of themselves
+
+    def state(self) -> dict[str, Stored]:
+        """The state dict of the TorchScript module that the archive holds."""
+        state: dict[str, Stored] = {}
+        for name, tensor in self._named(self.tree, "", ()):
+            state[name] = tensor
+            if len(state) > NAMES:
+                raise ValueError(f"its modules hold more than {NAMES:,} tensors")
+        return state
+
+    def _named(self, module: Object, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[str, Stored]]:
+        if id(module) in above:
+            raise ValueError(f"the module {prefix[:-1]} holds itself")
+        members = self._members(module.module, module.name) if isinstance(module, Object) else None
+        if members is None:
+            return
+        for member in members:
+            if isinstance(tensor := module.attributes.get(member), Stored):
+                yield prefix + member, tensor
+        for name, value in module.attributes.items():
+            if isinstance(value, Object):
+                yield from self._named(value, f"{prefix}{name}.", (*above, id(module)))
+
+    def _members(self, module: str, name: str) -> list[str] | None:
+        """The parameters and buffers of a class; None if it is no module."""
+        if module not in self.sources:
+            self.sources[module] = self._source(module)
+        source = self.sources[module]
+        found = re.search(rf"^class {re.escape(name)}\(Module\):\n((?:  __\w+__ = \[.*\]\n)*)", source, re.MULTILINE)
+        lists = dict(re.findall(r"  (__\w+__) = \[(.*)\]\n", found[1])) if found else {}
+        named = [re.findall(r'"([^"]*)"', lists.get(kind, "")) for kind in ("__parameters__", "__buffers__")]
+        return sum(named, []) if found else None
+
+    def _source(self, module: str) -> str:
+        """The text of the classes of a TorchScript module, never run."""
+        entry = f"{self.root}code/{module.replace('.', '/')}.py"
+        return self._small(entry).decode() if entry in self.entries else ""
+
+    def activations(self) -> set[str]:
+        """The activations of MLPs that the code of its classes calls; call `state` first."""
+        calls = {call for text in self.sources.values() for call in re.findall(r"torch\.(gelu\(.*|sigmoid\()", text)}
+        return {"quick_gelu" if call == "sigmoid(" else "gelu_tanh" if '"tanh"' in call else "gelu" for call in calls}
+
+
+def _checked(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The entries by name; ValueError where they cannot all be in the file, each in its own place."""
+    entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    ends = [*(entry.header_offset for entry in entries[1:]), archive.start_dir]
+    unpacked = 0
+    for entry, end in zip(entries, ends, strict=True):
+        if entry.header_offset + 30 + len(entry.orig_filename.encode()) + entry.compress_size > end:
+            raise ValueError(f"{entry.filename} overlaps what follows it")
+        if entry.compress_type == zipfile.ZIP_STORED:
+            if entry.file_size != entry.compress_size:
+                raise ValueError(f"{entry.filename} claims {entry.file_size:,} bytes and has {entry.compress_size:,}")
+        else:
+            unpacked += entry.file_size
+    if unpacked > UNPACKED:
+        raise ValueError(f"its compressed entries would take {unpacked:,} bytes, expected at most {UNPACKED:,}")
+    named = {entry.filename: entry for entry in entries}
+    if len(named) != len(entries):
+        raise ValueError("two of its entries have one name")
+    return named
+
+
+def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements from the first to the last of a tensor."""
+    return 0 if 0 in shape else 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+class _Storage(NamedTuple):
+    entry: str
+    dtype: torch.dtype | None  # None: bytes
+    size: int  # bytes
+
+
+class _Index(pickle._Unpickler):  # type: ignore[name-defined]
+    """Python's unpickler, not C's: that one takes memory for 2**32 memos on a single instruction."""
+
+    # An instruction that is not here is an unknown one. BYTEARRAY8 would take as much memory as it claims.
+    dispatch = {
+        code: call
+        for code, call in pickle._Unpickler.dispatch.items()  # type: ignore[attr-defined]
+        if bytes([code]) not in (pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ)
+    }
+
+    def __init__(self, archive: Archive, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+        self.archive = archive
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] == "__torch__" or (module.split(".")[0], name) in _NUMBERS:
+            return type(name, (Object,), {"module": module, "name": name})
+        if (module, name) in _CONTAINERS:
+            return _CONTAINERS[module, name]
+        if builder := _BUILDERS.get((module, name)):
+            return getattr(self, builder)
+        if module == "torch" and (dtype := _STORAGES.get(name)):
+            return dtype
+        if module in ("torch", "torch.storage") and name == "UntypedStorage":
+            return torch.UntypedStorage
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(f"it holds Python objects besides tensors: {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, _, count = pid
+        if kind != "storage" or not isinstance(key, str) or not isinstance(count, int) or count < 0:
+            raise pickle.UnpicklingError(f"expected a storage, got {str(pid)[:100]}")
+        entry = f"{self.archive.root}data/{key}"
+        info = self.archive.entries.get(entry)
+        size = count * (dtype.itemsize if isinstance(dtype, torch.dtype) else 1)
+        if info is None or info.compress_type != zipfile.ZIP_STORED or size > info.file_size:
+            raise ValueError(f"{entry} should hold {size:,} bytes as they are and does not")
+        return _Storage(entry, dtype if isinstance(dtype, torch.dtype) else None, size)
+
+    def tensor(self, storage: _Storage, offset: int, shape: Any, stride: Any, *rest: Any) -> Stored:
+        """`_rebuild_tensor_v2`, and v3 whose last argument but one is the dtype."""
+        dtype = storage.dtype or next((value for value in rest if isinstance(value, torch.dtype)), torch.uint8)
+        shape, stride = tuple(shape), tuple(stride)
+        numbers = [offset, *shape, *stride]
+        if len(shape) != len(stride) or not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise ValueError(f"a tensor of {storage.entry} has shape {shape} and strides {stride}")
+        extent, count = _extent(shape, stride), 1
+        for size in shape:
+            count *= size
+        if (offset + extent) * dtype.itemsize > storage.size or count > extent:
+            raise ValueError(f"a tensor of shape {list(shape)} does not fit {storage.entry} of {storage.size:,} bytes")
+        return Stored(self.archive, storage.entry, dtype, offset, shape, stride)
+
+    def first(self, value: Any, *_: Any) -> Any:
+        """A parameter is its tensor; a list with its TorchScript type is the list."""
+        return value
+
+    def rebuilt(self, function: Any, _: Any, arguments: tuple[Any, ...], *__: Any) -> Any:
+        """A tensor that has attributes, without them."""
+        if function not in (self.tensor, self.first):
+            raise pickle.UnpicklingError("it holds a tensor of an unknown kind")
+        return function(*arguments)
+
+
+_STORAGES = {
+    f"{name}Storage": dtype
+    for name, dtype in {
+        **{"Half": torch.float16, "BFloat16": torch.bfloat16, "Float": torch.float32, "Double": torch.float64},
+        **{"Byte": torch.uint8, "Char": torch.int8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64},
+        "Bool": torch.bool,
+    }.items()
+}
+_CONTAINERS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "Counter"): collections.Counter,
+    ("torch", "Size"): tuple,
+    ("torch", "device"): str,
+    ("builtins", "set"): set,
+    ("__builtin__", "set"): set,
+    ("torch.nn.parameter", "Parameter"): None,  # named beside a tensor with attributes, never called
+}
+_BUILDERS = {
+    ("torch._utils", "_rebuild_tensor_v2"): "tensor",
+    ("torch._utils", "_rebuild_tensor_v3"): "tensor",
+    ("torch._utils", "_rebuild_parameter"): "first",
+    ("torch._utils", "_rebuild_parameter_with_state"): "first",
+    ("torch._tensor", "_rebuild_from_type_v2"): "rebuilt",
+    **{("torch.jit._pickle", name): "first" for name in ("restore_type_tag", "build_intlist", "build_tensorlist")},
+    **{("torch.jit._pickle", name): "first" for name in ("build_doublelist", "build_boollist")},
+}
+# numpy's scalars among metadata: they are not used, and so not made.
+_NUMBERS = {("numpy", "scalar"), ("numpy", "dtype"), ("_codecs", "encode")} | {
+    ("numpy", f"{kind}DType") for kind in ("Float64", "Float32", "Float16", "Int64", "Int32", "Int8", "UInt8", "Bool", "Str")
+}

@@ -469,7 +469,7 @@ def test_a_gradient_beyond_fp16_halves_the_scale_and_nothing_else(tmp_path, monk
 def test_patch_dropout(tmp_path):
     model = tiny(SIZES | {"vision_patch_size": 4})  # 64 patches
     seen: list[int] = []
-    model.visual.transformer.resblocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    model.visual.transformer.resblocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[0]))
     train(config(tmp_path, steps=2, patch_dropout=0.75, micro_batch=4), endless, model)
     assert set(seen) == {1 + 16}
     with torch.no_grad():

@@ -69,7 +69,7 @@ def _last(module: Any, x: Tensor, place: int, arguments: dict[str, Any]) -> _Las
 def pooled_image(module: Any, pixel_values: Any = None, interpolate_pos_encoding: bool = False, **kwargs: Any) -> Any:
     """The forward of an image tower with a class token, of which the pooled features are read."""
     found = None
-    if type(pixel_values) is Tensor and _pooled_only(module, kwargs):
+    if type(pixel_values) is Tensor and not pixel_values.is_meta and _pooled_only(module, kwargs):
         x = module.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         found = _last(module, module.pre_layrnorm(x), 0, kwargs)
     if found is None:
@@ -81,7 +81,7 @@ def pooled_image(module: Any, pixel_values: Any = None, interpolate_pos_encoding
 def pooled_last(module: Any, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
     """The forward of SigLIP's text tower, which is read at the last token."""
     found, norm = None, module.final_layer_norm
-    whole = type(input_ids) is Tensor and type(norm) is nn.LayerNorm and untouched(norm)
+    whole = type(input_ids) is Tensor and not input_ids.is_meta and type(norm) is nn.LayerNorm and untouched(norm)
     whole = whole and (attention_mask is None or (attention_mask.ndim == 2 and bool(attention_mask.all())))
     if whole and _pooled_only(module, kwargs):
         x = module.embeddings(input_ids=input_ids.view(-1, input_ids.shape[-1]), position_ids=position_ids)
@@ -95,7 +95,7 @@ def pooled_last(module: Any, input_ids: Any = None, attention_mask: Any = None, 
 def pooled_text(module: Any, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
     """The forward of a causal text tower that is read at the end token: its texts go without what follows that token."""
     lengths = None
-    whole = type(input_ids) is Tensor and input_ids.numel() and position_ids is None
+    whole = type(input_ids) is Tensor and input_ids.numel() and not input_ids.is_meta and position_ids is None
     if whole and _pooled_only(module, kwargs) and lacks_packed(module) is None:
         lengths = _lengths(module, input_ids.view(-1, input_ids.shape[-1]), attention_mask)
     if lengths is None:

@@ -396,6 +396,20 @@ def test_compiled(name: str) -> None:
         compare(torch.compile(model, backend="eager", fullgraph=True)(**inputs_of(model)), expected)
 
 
+def test_exported_and_on_the_meta_device() -> None:
+    """An export is of torch's own operators; shapes are found without numbers."""
+    model = model_of("CLIPModel", dict(num_hidden_layers=1), dict(num_hidden_layers=1))
+    ids, _ = texts()
+    with torch.no_grad():
+        expected = model(ids, images()).logits_per_image
+        accelerate(model)
+        exported = torch.export.export(model, (ids, images()))
+        assert "clipfast" not in str(exported.graph)
+        compare(exported.module()(ids, images()).logits_per_image, expected)
+        model.to("meta")
+        assert model(ids.to("meta"), images().to("meta")).logits_per_image.shape == (2, 3)
+
+
 def test_the_attention_implementation() -> None:
     ids, mask = texts()
     for name in ("CLIPModel", "SiglipModel", "BertModel"):
@@ -441,6 +455,8 @@ def test_the_report() -> None:
     assert "AltCLIPEncoderLayer" in str(report) and [line.name for line in report.left] == ["text_model"]
     with pytest.raises(TypeError, match="expected a model, an nn.Module, got str"):
         accelerate("a model")  # type: ignore[arg-type]
+    model = model_of("CLIPModel", attn_implementation="eager")
+    assert {line.name[:10] for line in accelerate(model).left} == {"text_model"}  # whose blocks get a mask
     model = model_of("CLIPVisionModel")
     model.encoder.forward = lambda *args, **kwargs: None
     report = accelerate(model)

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
-from clipfast.data.sources import TABLES, Sample, Shards, Source, read_folder, read_table, stored
+from clipfast.data.sources import TABLES, Sample, Shards, Source, no_caption, read_folder, read_table, stored, tars_in
 from clipfast.inputs.image import read_rgb
 from clipfast.inputs.tokenizer import tokenize
 
@@ -50,10 +50,16 @@ class Batch(NamedTuple):
 class DataConfig:
     """Where pairs come from and how they are read."""
 
-    data: Annotated[str, "shards ('data/{000..9}.tar', pipe:, https:, s3:, ...), a .csv, .tsv, .jsonl or .parquet, or a folder"]
+    data: Annotated[str, "shards ('data/{000..9}.tar', 'data/*.tar', a folder of them, pipe:, https:, s3:, ...), a .csv, .tsv,"
+                         " .txt, .jsonl or .parquet, or a folder"]  # fmt: skip
     images: Annotated[str, "folder that a table's image paths are relative to; default: the table's own"] = ""
     image_column: Annotated[str, "column of a table that holds the image's path"] = "path"
-    caption_column: Annotated[str, "column of a table that holds the caption"] = "caption"
+    caption_column: Annotated[str, "column of a table, or key of a shard's .json, that holds the caption"] = "caption"
+    separator: Annotated[str, "character between a table's columns; default: found in its header"] = ""
+    image_field: Annotated[str, "field of a shard's samples that holds the image, as input.jpg; default: jpg, png, ..."] = ""
+    caption_field: Annotated[str, "field of a shard's samples that holds the caption; default: txt"] = ""
+    max_member: Annotated[int, "MB of one file in a shard, beyond which it is refused"] = 256
+    max_unpacked: Annotated[int, "MB that a compressed shard may unpack to"] = 65536
     workers: Annotated[int, "processes of a rank that read and decode for training, at most one a shard; threads elsewhere"] = 2
     streams: Annotated[int, "parts of a batch that are read apart; 0: one a rank. On any number of ranks that divides it, a run"
                             " sees the same batches"] = 0  # fmt: skip
@@ -63,16 +69,30 @@ class DataConfig:
 
     def open(self, captions: bool = False) -> Source:
         """The source that `data` names; of a folder, where `captions` are needed, the one table in it."""
-        path = self.data
-        if captions and Path(path).is_dir():
-            tables = sorted(file for file in Path(path).iterdir() if file.suffix in TABLES)
-            if len(tables) != 1:
-                found = ", ".join(file.name for file in tables) or "none"
-                raise ValueError(f"expected a table of captions ({', '.join(TABLES)}) in {path}, found {found}; name one")
-            path = str(tables[0])
-        if path.endswith(TABLES):
-            return read_table(path, self.images, self.image_column, self.caption_column)
-        return read_folder(path) if Path(path).is_dir() else Shards(path, self.shuffle_buffer)
+        path, folder = self.data, Path(self.data).is_dir()
+        tars = tars_in(path) if folder else []
+        if folder and (captions or tars):
+            # A list of addresses that img2dataset leaves beside each shard is no table of images.
+            own = {Path(tar).name.partition(".")[0] for tar in tars}
+            kinds = [kind for kind in TABLES if kind != ".txt"]
+            tables = sorted(file for file in Path(path).iterdir() if file.suffix.lower() in kinds and file.stem not in own)
+            if len(tables) + bool(tars) != 1:
+                found = ", ".join([file.name for file in tables] + [Path(tar).name for tar in tars[:1]]) or "none"
+                raise ValueError(f"expected a table of captions ({', '.join(kinds)}) in {path}, found {found}; name one")
+            path = path if tars else str(tables[0])
+        if path.lower().endswith(TABLES) and not Path(path).is_dir():
+            return read_table(path, self.images, self.image_column, self.caption_column, self.separator)
+        if folder and not tars and Path(path).is_dir():
+            return read_folder(path)
+        return Shards(
+            path,
+            self.shuffle_buffer,
+            image_field=self.image_field,
+            caption_field=self.caption_field,
+            caption_key=self.caption_column,
+            max_member=self.max_member,
+            max_unpacked=self.max_unpacked,
+        )
 
 
 class Tally:
@@ -247,7 +267,7 @@ class _BatchStream(IterableDataset[Batch | Exception]):
             tally.seen += 1
             try:
                 if not sample.error and not (sample.caption or "").strip():
-                    raise ValueError("no caption")
+                    raise ValueError(no_caption(sample))
                 pixels.append(random_square(read_rgb(stored(sample), DRAFT * self.resolution), self.resolution, square))
             except UNREADABLE as error:
                 tally.skip(sample, error)

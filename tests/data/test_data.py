@@ -111,7 +111,8 @@ def where(request, tmp_path):
 def test_a_shard_gives_key_image_caption_and_metadata(tmp_path):
     where = write_shards(tmp_path, shards=1, each=2, replace={"0001.txt": None})
     write_tar(tmp_path / "more.tar", {"a.JPG": png(7), "a.cls": b"3", "b.webp": png(8), "b.json": b'{"caption": "from json"}'})
-    first, second, third, fourth = Shards([*Shards(where).urls, str(tmp_path / "more.tar")]).samples()
+    samples = Shards([*Shards(where).urls, str(tmp_path / "more.tar")]).samples()
+    first, second, third, fourth = (sample._replace(fields=()) for sample in samples)
     assert first == Sample("0000", png(0), "picture 0", {"number": 0})
     assert second == Sample("0001", png(1), None, {"number": 1})
     assert third == Sample("a", png(7), None, {"class": 3})
@@ -488,12 +489,12 @@ def test_tables_as_spreadsheets_write_them(tmp_path):
     table = Path(write_table(tmp_path, 3))
     table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes().replace(b"\n", b"\r\n"))
     assert sorted(numbers(take(str(table), 1, batch_size=3))) == [0, 1, 2]
-    for content, line, message in (
-        ("path,caption\n0.png,café\n".encode("latin-1"), 0, "expected rows of UTF-8, got 'utf-8' codec"),
-        (b'path,caption\n0.png,a\n1.png,"' + b"x\n" * 100_000, 2, "expected rows of UTF-8, got field larger than"),
+    for content, message in (
+        ("path,caption\n0.png,café\n".encode("latin-1"), "after line 0: expected rows of UTF-8, got 'utf-8' codec"),
+        (b'path,caption\n0.png,a\n1.png,"' + b"x\n" * 100_000, "line 3: expected a row, got field larger than"),
     ):
         table.write_bytes(content)
-        with pytest.raises(ValueError, match=f"pairs.csv, after line {line}: {message}"):
+        with pytest.raises(ValueError, match=f"pairs.csv, {message}"):
             DataConfig(str(table)).open()
 
 

@@ -1,0 +1,209 @@
+"""WebDataset tars: samples out of shards, wherever they lie."""
+
+from __future__ import annotations
+
+import bz2
+import glob
+import gzip
+import json
+import logging
+import lzma
+import random
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, cast
+
+from webdataset.filters import shuffle as shuffled
+from webdataset.gopen import gopen
+from webdataset.shardlists import expand_urls
+
+from clipfast.data.samples import IMAGES, Sample, text_of
+
+log = logging.getLogger(__name__)
+MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # key and field: a file's name is cut at its first dot
+
+
+class Shards:
+    """WebDataset tars: per sample `<key>.png` (jpg, webp, ...) with `.txt` (caption), `.json` (metadata) or `.cls` (class).
+
+    `urls`: paths, folders of tars (as img2dataset leaves them), `pipe:` commands, http(s): or what fsspec reads (s3://, gs://,
+    hf://, ...); a string may hold braces (`data/{000..009}.tar`), wildcards (`data/*.tar`) and several joined by `::`.
+    image_field, caption_field: other names of these fields, as `input.jpg` of `<key>.input.jpg`; several are joined by `;`.
+    caption_key: where in the metadata the caption is, if it has no field.
+    max_member, max_unpacked: MB of a file in a shard, and of all that a compressed shard unpacks to: more is refused.
+
+    A shard that breaks off gives what it has, then a sample with the error. A file that comes twice within a sample begins
+    another one, as in open_clip; it is told, and where it has no image it has the error.
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        buffer: int = 1000,
+        *,
+        image_field: str = "",
+        caption_field: str = "",
+        caption_key: str = "caption",
+        max_member: int = 256,
+        max_unpacked: int = 65536,
+    ) -> None:
+        self.urls = list(chain.from_iterable(map(_found, expand_urls(urls) if isinstance(urls, str) else map(str, urls))))
+        self.parts = len(self.urls)
+        self.buffer = buffer  # samples held in memory to be shuffled
+        self.images = tuple(image_field.lower().split(";")) if image_field else IMAGES
+        self.captions = tuple(caption_field.lower().split(";")) if caption_field else ("txt",)
+        self.caption_key, self.limits = caption_key, (max_member << 20, max_unpacked << 20)
+        missing = [url for url in self.urls if not _scheme(url) and not Path(url).is_file()]
+        if missing or not self.urls:
+            raise FileNotFoundError(
+                f"expected tar shards at {urls!r}, but {len(missing)} are missing: {', '.join(missing[:3])}; check the path"
+            )
+
+    def samples(self, shuffle: random.Random | None = None, worker: int = 0, workers: int = 1) -> Iterator[Sample]:
+        urls = self.urls[worker::workers]
+        if shuffle:
+            shuffle.shuffle(urls)
+        samples = chain.from_iterable(map(self._read, urls))
+        return shuffled(self.buffer, rng=shuffle)(samples) if shuffle else samples
+
+    def _read(self, url: str) -> Iterator[Sample]:
+        try:
+            with closing(_open_url(url)) as stream:  # closing a pipe reports the exit status of its command
+                for key, fields, twice in _grouped(_members(stream, *self.limits)):
+                    yield self._sample(url, key, fields, twice)
+        except ImportError:  # fsspec names the package that this kind of URL needs
+            raise
+        except _TooLarge as error:
+            yield Sample(url, None, None, {"shard": url}, f"shard {url}: {error}")
+        except Exception as error:  # besides tarfile's and zlib's, whatever the client of a remote store raises
+            reason = error.args[0] if error.args else ""
+            told = f"shard {url}: expected a readable tar, got {type(error).__name__}: {reason}; write or fetch it again"
+            yield Sample(url, None, None, {"shard": url}, told)
+
+    def _sample(self, url: str, key: str, fields: dict[str, bytes], twice: str) -> Sample:
+        image = next((fields[kind] for kind in self.images if kind in fields), None)
+        if twice:
+            told = f"shard {url}: expected each file once, got {twice} again within {key}"
+            if image is None:
+                return Sample(key, None, None, {}, f"{told}; what belongs to the first one is kept")
+            log.warning("%s; both are kept as samples", told)
+        try:
+            meta = dict(json.loads(fields["json"])) if "json" in fields else {}
+            if "cls" in fields:
+                meta["class"] = int(fields["cls"])
+        except (ValueError, TypeError) as error:
+            return Sample(key, None, None, {}, f"expected a JSON object and an integer class, got {error}")
+        written = next((fields[kind].decode("utf-8", "replace") for kind in self.captions if kind in fields), None)
+        caption = text_of(meta.get(self.caption_key)) if written is None else written
+        return Sample(key, image, caption, meta, fields=tuple(sorted(fields)))
+
+
+def tars_in(folder: str | Path) -> list[str]:
+    """The tars of a folder, in order."""
+    return [str(path) for path in sorted(Path(folder).iterdir()) if re.search(r"\.tar(\.(gz|bz2|xz))?$", path.name.lower())]
+
+
+def _scheme(url: str) -> str:
+    return (re.match(r"([a-z0-9]+):", url) or ["", ""])[1]
+
+
+def _found(url: str) -> list[str]:
+    """The shards that a path means: those of a folder, or those that match."""
+    if _scheme(url) or Path(url).is_file():
+        return [url]
+    if Path(url).is_dir():
+        return tars_in(url) or [url]
+    return (sorted(glob.glob(url)) if glob.has_magic(url) else []) or [url]
+
+
+def _open_url(url: str) -> IO[bytes]:
+    if _scheme(url) in ("", "pipe", "http", "https"):
+        return gopen(url)
+    import fsspec
+
+    return fsspec.open(url, "rb").open()
+
+
+# ---- the files of a tar, with a limit on what is taken into memory and on what is unpacked
+
+
+class _TooLarge(ValueError):
+    pass
+
+
+class _Member(tarfile.TarInfo):
+    """Python takes a tar for ended where it is cut between two files or a header is damaged: here it must have its end mark."""
+
+    limit = 0
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        return super().frombuf(buf, encoding, errors).small()  # before tarfile reads a long name or a pax header of that size
+
+    def small(self) -> _Member:
+        """Itself, if its size is within the limit."""
+        if self.size > self.limit:
+            raise _TooLarge(
+                f"expected files of at most {self.limit >> 20} MB, got {self.name} of {self.size >> 20}; raise max_member"
+            )
+        return self
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> _Member:
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError("it breaks off before its end mark") from error
+        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"the header at byte {tar.offset} is damaged: {error}") from error  # type: ignore[attr-defined]
+
+
+class _Counted:
+    """A stream behind its first bytes, and no more of it than the limit."""
+
+    def __init__(self, head: bytes, stream: Any, limit: int = 0) -> None:
+        self.head, self.stream, self.limit, self.count = head, stream, limit, 0
+
+    def read(self, size: int = -1) -> bytes:
+        first, self.head = (self.head, b"") if size < 0 else (self.head[:size], self.head[size:])
+        data = first + self.stream.read(size if size < 0 else size - len(first)) if len(first) != size else first
+        self.count += len(data)
+        if self.limit and self.count > self.limit:
+            raise _TooLarge(f"expected a compressed shard to unpack to at most {self.limit >> 20} MB; raise max_unpacked")
+        return data
+
+
+def _members(stream: IO[bytes], max_member: int, max_unpacked: int) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of each file."""
+    head = stream.read(6)
+    whole: Any = _Counted(head, stream)
+    for magic, unpacker in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\0", lzma.open)):
+        if head.startswith(magic):
+            whole = _Counted(b"", unpacker(whole, "rb"), max_unpacked)  # type: ignore[operator]
+    kind = type("Member", (_Member,), {"limit": max_member})
+    with tarfile.open(fileobj=whole, mode="r|", bufsize=1 << 16, tarinfo=kind) as tar:
+        for member in tar:
+            if member.isreg():
+                cast(_Member, member).small()  # a pax header or a sparse file may have made it larger
+                yield member.name, tar.extractfile(member).read()  # type: ignore[union-attr]
+            tar.members = []  # type: ignore[attr-defined]  # it would keep the description of every file
+
+
+def _grouped(members: Iterator[tuple[str, bytes]]) -> Iterator[tuple[str, dict[str, bytes], str]]:
+    """(key, field -> bytes, the file that came a second time and so began it) of neighbours with the same key."""
+    key, fields, twice = "", dict[str, bytes](), ""
+    for name, data in members:
+        if not (match := MEMBER.fullmatch(name)):
+            continue
+        prefix, field = match[1], match[2].lower()
+        if prefix != key or field in fields:
+            if fields:
+                yield key, fields, twice
+            key, fields, twice = prefix, {}, name if prefix == key else ""
+        fields[field] = data
+    if fields:
+        yield key, fields, twice

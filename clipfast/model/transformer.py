@@ -24,11 +24,19 @@ class Linear(NamedTuple):
     weight: Tensor  # [out, in]
     bias: Tensor | None
 
+    @classmethod
+    def of(cls, module: Any) -> Linear:
+        return cls(module.weight, module.bias)
+
 
 class Norm(NamedTuple):
     weight: Tensor  # [C]
     bias: Tensor
     eps: float
+
+    @classmethod
+    def of(cls, module: Any) -> Norm:
+        return cls(module.weight, module.bias, module.eps)
 
 
 class Layout(NamedTuple):
@@ -225,23 +233,15 @@ class ResidualAttentionBlock(nn.Module):
         kind = type(mlp.gelu)
         exact = kind is nn.GELU and mlp.gelu.approximate == "none"
         return Parts(
-            attn.num_heads, _norm(self.ln_1), (Linear(attn.in_proj_weight, attn.in_proj_bias),), _linear(attn.out_proj),
-            _norm(self.ln_2), _linear(mlp.c_fc), kind is QuickGELU if exact or kind is QuickGELU else mlp.gelu,
-            _linear(mlp.c_proj), None if self.ls_1 is None or self.ls_2 is None else (self.ls_1.gamma, self.ls_2.gamma),
+            attn.num_heads, Norm.of(self.ln_1), (Linear(attn.in_proj_weight, attn.in_proj_bias),), Linear.of(attn.out_proj),
+            Norm.of(self.ln_2), Linear.of(mlp.c_fc), kind is QuickGELU if exact or kind is QuickGELU else mlp.gelu,
+            Linear.of(mlp.c_proj), None if self.ls_1 is None or self.ls_2 is None else (self.ls_1.gamma, self.ls_2.gamma),
         )  # fmt: skip
 
 
 def causal_mask(length: int) -> Tensor:
     """[L, L] on the CPU, to be added to scores: −inf where key j comes after query i."""
     return torch.full((length, length), -torch.inf, device="cpu").triu_(1)
-
-
-def _norm(ln: Any) -> Norm:
-    return Norm(ln.weight, ln.bias, ln.eps)
-
-
-def _linear(module: Any) -> Linear:
-    return Linear(module.weight, module.bias)
 
 
 def whole_inside(block: Any) -> bool:
@@ -320,7 +320,8 @@ class Transformer(nn.Module):
         blocks = self.resblocks if blocks is None else blocks
         last, given = len(blocks) - 1, x.layout if isinstance(x, Stream) else Layout()
         for i, block in enumerate(blocks):
-            if isinstance(x, Tensor | Stream) and fusable(block):
+            packed = isinstance(x, Stream) and x.layout.cu_seqlens is not None  # whose maker has asked all blocks
+            if packed or (isinstance(x, Tensor | Stream) and fusable(block)):
                 x = x if isinstance(x, Stream) else Stream(x.transpose(0, 1), None, given)
                 layout = x.layout
                 if layout.causal != block.causal:

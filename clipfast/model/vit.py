@@ -50,21 +50,11 @@ class VisionTransformer(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """x [B, 3, H, W] -> [B, L, C]: class token and patches, with positions, normalised."""
-        x = self._patches(x)
+        conv = self.conv1
+        x = patches(conv, x) if tiles(conv) and x.shape[1] == conv.in_channels else conv(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
         return drop_patches(x, self.patch_dropout) if self.training and self.patch_dropout else x
-
-    def _patches(self, x: Tensor) -> Tensor:
-        """x [B, 3, H, W] -> [B, patches, C]."""
-        conv = self.conv1
-        if not (untouched(conv) and conv.stride == conv.kernel_size and conv.padding == (0, 0) and conv.dilation == (1, 1)
-                and conv.groups == 1 and x.shape[1] == conv.in_channels):  # fmt: skip
-            return conv(x).flatten(2).transpose(1, 2)
-        # The patches do not overlap: the convolution is one product, which takes 0.5 to 0.7 of its time at B/32 on a CPU.
-        (p, q), (H, W) = conv.kernel_size, x.shape[2:]
-        x = x[..., : H // p * p, : W // q * q].unflatten(3, (W // q, q)).unflatten(2, (H // p, p))
-        return linear(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), conv.weight.flatten(1), conv.bias)
 
     def project(self, x: Tensor) -> Tensor:
         """x [..., C] -> [..., output_dim]."""
@@ -110,6 +100,24 @@ class VisionTransformer(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names that open_clip's optimiser does not decay beside those of one dimension."""
         return {"positional_embedding", "class_embedding"}
+
+
+def tiles(conv: Any) -> bool:
+    """Whether a convolution is untouched and its patches neither overlap nor leave gaps."""
+    return (
+        type(conv) is nn.Conv2d and untouched(conv) and conv.kernel_size == conv.stride and conv.padding in ((0, 0), "valid")
+        and conv.dilation == (1, 1) and conv.groups == 1
+    )  # fmt: skip
+
+
+def patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """x [B, channels, H, W] through a convolution of ``tiles`` -> [B, patches, C].
+
+    It is one product, which takes 0.5 to 0.7 of the convolution's time at B/32 on a CPU.
+    """
+    (p, q), (H, W) = conv.kernel_size, x.shape[2:]
+    x = x[..., : H // p * p, : W // q * q].unflatten(3, (W // q, q)).unflatten(2, (H // p, p))
+    return linear(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), conv.weight.flatten(1), conv.bias)
 
 
 def drop_patches(s: Tensor, share: float) -> Tensor:

@@ -30,7 +30,7 @@ from torch import nn
 from clipfast.model import CLIP
 
 # The file of each library, and the module that is loaded wherever that library's models are.
-LIBRARIES = {"transformers": "transformers.modeling_utils"}
+LIBRARIES = {"timm": "timm.models.vision_transformer", "transformers": "transformers.modeling_utils"}
 
 
 class Swap(NamedTuple):
@@ -63,6 +63,11 @@ class Forward:
         """The class's own forward pass, where ``inspect.signature`` looks for the arguments."""
         module: Any = self._module()
         return type(module).forward.__get__(module)
+
+    @property
+    def __code__(self) -> Any:
+        """Where ``torch.export`` says that the model's inputs come from."""
+        return self.__wrapped__.__code__
 
     def __repr__(self) -> str:
         return f"<clipfast {self.function.__name__} of {type(self._module()).__name__}>"

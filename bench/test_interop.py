@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 import transformers
 from torch import nn
@@ -40,6 +41,16 @@ def pair() -> Callable[[str], tuple[Any, Any]]:
         return after, before
 
     return made
+
+
+@functools.cache
+def classifier() -> tuple[nn.Module, nn.Module]:
+    """timm's ViT-B/16 of CLIP with its head, random: accelerated, and as it is."""
+    torch.manual_seed(0)
+    before = timm.create_model("vit_base_patch16_clip_224", num_classes=1000).eval().to(DEVICE)
+    after = copy.deepcopy(before)
+    assert accelerate(after)
+    return after, before
 
 
 def check(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -87,4 +98,17 @@ def test_clip_text_model_all_states(compare, pair, B: int) -> None:
         compare(
             lambda: after(text)[0], {"transformers": lambda: before(text)[0]},
             items=B, floor=text_floor(sizes, torch.full((B,), 77)),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("B", [16, 1])
+def test_timm_classifier(compare, B: int) -> None:
+    after, before = classifier()
+    image = torch.randn(B, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    sizes = SIZES | dict(vision_patch_size=16)
+    weights = 4 * sum(p.numel() for p in before.parameters())
+    with torch.no_grad():
+        check(after(image), before(image))
+        compare(
+            lambda: after(image), {"timm": lambda: before(image)}, items=B, floor=(B * int(image_flops(sizes)), weights),
         )  # fmt: skip

@@ -71,7 +71,7 @@ def blocks_seen(monkeypatch, call: Callable[[], Any]) -> list[tuple]:
 
 
 def test_which_blocks_run_for_one_token(monkeypatch) -> None:
-    """The last one where the class token alone is read, none where all states are, whatever ``reset_classifier`` makes of it."""
+    """The last one where the class token alone is read, none where all states are, whatever ``reset_classifier`` did."""
     model = model_of()
     accelerate(model)
     all_states, one = ((2, 17, 32), False), ((2, 17, 32), True)

@@ -134,7 +134,8 @@ def entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return loss, -sign * torch.sigmoid(-sign * logits)
     logits -= logits.amax(1, keepdim=True)
     own = logits.gather(1, labels[:, None])
-    total = logits.exp_().sum(1, keepdim=True)
+    # A probability below e-40 adds nothing, but as a denormal number it makes the product with the features 4 times slower.
+    total = logits.clamp_min_(-40).exp_().sum(1, keepdim=True)
     logits /= total
     logits.scatter_add_(1, labels[:, None], torch.full_like(own, -1))
     return (total.log() - own).sum(dtype=torch.float64), logits

@@ -19,8 +19,10 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import torch
 
 from clipfast.check import report
-from clipfast.data import UNREADABLE, DataConfig, Tally, training_batches
+from clipfast.data import UNREADABLE, DataConfig, Source, Tally, training_batches
 from clipfast.evaluate import TEMPLATES, classify, embed, retrieval_source, zero_shot_source
+from clipfast.evaluate.classifiers import classifier_source
+from clipfast.files import output_folder, replacing
 from clipfast.info import info
 from clipfast.inputs import Preprocess, read_image
 from clipfast.model import CLIP
@@ -50,9 +52,11 @@ class Classify:
 @dataclass
 class Eval:
     model: Name = "ViT-B/32"
-    task: Annotated[str, "zero-shot or retrieval"] = "zero-shot"
+    task: Annotated[str, "zero-shot, retrieval, or classify: a classifier of timm's, or a file of MMPretrain's"] = "zero-shot"
+    checkpoint: Annotated[str, "file or folder of weights, in the place of model"] = ""
     classes: Annotated[str, "file of class names, a line each, in the order of .cls; 'folder<tab>name' where they differ"] = ""
     templates: Annotated[str, "file of prompts, a line each, with {} where the name goes"] = ""
+    out: Annotated[str, "folder to write results.json to"] = ""
     batch_size: BatchSize = 64
     device: Device = ""
 
@@ -130,13 +134,27 @@ def _load_to_read(name: str, device: str) -> tuple[CLIP, Preprocess]:
 
 
 def run_eval(data: DataConfig, options: Eval) -> None:
-    """Measure zero-shot accuracy or retrieval."""
-    measure = _measure(options.task, options.classes, options.templates)
-    source = data.open()
-    model, preprocess = _load_to_read(options.model, options.device)
-    results = measure(model, preprocess, source, batch_size=options.batch_size, threads=data.workers, tally=Tally(data.max_bad))
-    for name, value in results.items():
-        print(f"{name:20} {f'{value:8.2%}' if isinstance(value, float) else f'{value:6}'}")
+    """Measure zero-shot accuracy, retrieval, or a classifier."""
+    name = options.checkpoint or options.model
+    reading = {"batch_size": options.batch_size, "threads": data.workers, "tally": Tally(data.max_bad)}
+    if options.task == "classify":
+        results = _classifier(name, data.open(), options, reading)
+    else:
+        measure, source = _measure(options.task, options.classes, options.templates), data.open()
+        results = measure(*_load_to_read(name, options.device), source, **reading)
+    for key, value in results.items():
+        print(f"{key:20} {f'{value:8.2%}' if isinstance(value, float) else f'{value:6}'}")
+    if options.out:
+        with output_folder(options.out) as folder, replacing(folder / "results.json") as file:
+            file.write(json.dumps({"task": options.task, "model": name, "data": data.data} | results, indent=1).encode())
+
+
+def _classifier(name: str, source: Source, options: Eval, reading: dict[str, Any]) -> dict[str, float]:
+    from clipfast.interop.timm_classifiers import class_names, load_classifier
+
+    model, preprocess = load_classifier(name, options.device or None)
+    named = [line.partition("\t")[0] for line in _lines(options.classes)]
+    return classifier_source(model, preprocess, source, named or class_names(model), **reading)
 
 
 def run_classify(options: Classify) -> None:

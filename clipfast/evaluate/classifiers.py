@@ -43,7 +43,7 @@ def classifier_source(
                 if logits.ndim != 2 or not logits.isfinite().all():
                     raise ValueError(f"expected finite logits [{len(pixels)}, classes], got {list(logits.shape)}")
                 outputs = logits.shape[1]
-                best.append(logits.sort(1, descending=True, stable=True).indices[:, :5].cpu())
+                best.append(logits.sort(dim=1, descending=True, stable=True).indices[:, :5].cpu())
                 bar.update(len(samples))
     finally:
         model.train(training)

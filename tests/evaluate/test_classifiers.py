@@ -62,6 +62,14 @@ def test_a_folder(model, tmp_path, names: str, classes: str, targets: list[int])
     assert got == pytest.approx(expected(model, targets)) and model.training
 
 
+def test_names_in_any_order_and_dropout(model) -> None:
+    """Of as many names as outputs the sorted place counts, not the one at which a name came first; nothing is dropped."""
+    dropping = nn.Sequential(nn.Dropout(0.9), model)
+    images = [png(number) for number in NUMBERS]
+    got = classifier_source(dropping, PREPROCESS, from_arrays(images, list("cgafbed")))
+    assert got == pytest.approx(expected(model, [2, 6, 0, 5, 1, 4, 3])) and dropping.training
+
+
 def test_shards_and_tables(model, tmp_path) -> None:
     targets, files, lines = [4, 2, 4, 0, 6, 2, 2], {}, ["file;label"]
     for place, (number, target) in enumerate(zip(NUMBERS, targets, strict=True)):
@@ -82,6 +90,10 @@ def test_equal_logits_and_few_outputs(model, tmp_path) -> None:
     nn.init.zeros_(model[1].weight), nn.init.zeros_(model[1].bias)
     got = classifier_source(model, PREPROCESS, read_folder(tmp_path))
     assert got == pytest.approx({"top1": 1 / 7, "top5": 5 / 7, "images": 7, "classes": 7})
+    many = nn.Sequential(nn.Flatten(), nn.Linear(192, 300))
+    nn.init.zeros_(many[1].weight), nn.init.zeros_(many[1].bias)
+    got = classifier_source(many, PREPROCESS, read_folder(tmp_path))
+    assert got == pytest.approx({"top1": 1 / 7, "top5": 5 / 7, "images": 7, "classes": 300})
     two = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
     assert classifier_source(two, PREPROCESS, from_arrays([png(3)], ["1"]))["top5"] == 1
 
@@ -130,6 +142,8 @@ def test_the_command(tmp_path, capsys, caplog) -> None:
     printed = capsys.readouterr()
     assert f"top1{wanted['top1']:25.2%}" in printed.out and f"images{7:21}" in printed.out
     assert "broken.png" in caplog.text and "images" in printed.err
+    assert main([*given, "--classes", str(classes)]) == 2  # one of eight images is more than a tenth
+    assert "broken.png" in capsys.readouterr().err
     assert main([*given, "--max-bad", "0.2"]) == 2
     assert "expected every class among the 7 outputs" in capsys.readouterr().err
     assert main([*given[:4], "--device", "cpu"]) == 2

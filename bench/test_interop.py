@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 
 from bench.plan import image_flops
+from bench.rivals import open_clip
 from bench.test_towers import CAPTIONS, DEVICE, text_floor
 from clipfast.inputs.tokenizer import tokenize
 from clipfast.interop import accelerate
@@ -48,6 +49,16 @@ def classifier() -> tuple[nn.Module, nn.Module]:
     """timm's ViT-B/16 of CLIP with its head, random: accelerated, and as it is."""
     torch.manual_seed(0)
     before = timm.create_model("vit_base_patch16_clip_224", num_classes=1000).eval().to(DEVICE)
+    after = copy.deepcopy(before)
+    assert accelerate(after)
+    return after, before
+
+
+@functools.cache
+def open_clips() -> tuple[Any, Any]:
+    """open_clip's ViT-B/32, random: accelerated, and as it is."""
+    torch.manual_seed(0)
+    before = open_clip.create_model("ViT-B-32").eval().to(DEVICE)
     after = copy.deepcopy(before)
     assert accelerate(after)
     return after, before
@@ -111,4 +122,30 @@ def test_timm_classifier(compare, B: int) -> None:
         check(after(image), before(image))
         compare(
             lambda: after(image), {"timm": lambda: before(image)}, items=B, floor=(B * int(image_flops(sizes)), weights),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("B", [16, 1])
+def test_open_clip_images(compare, B: int) -> None:
+    after, before = open_clips()
+    image = torch.randn(B, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    weights = 4 * sum(p.numel() for p in before.visual.parameters())
+    with torch.no_grad():
+        check(after.encode_image(image), before.encode_image(image))
+        compare(
+            lambda: after.encode_image(image), {"open_clip": lambda: before.encode_image(image)},
+            items=B, floor=(B * int(image_flops(SIZES)), weights),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("B", [16, 1])
+def test_open_clip_captions(compare, B: int) -> None:
+    after, before = open_clips()
+    text, lengths = tokenize(CAPTIONS[:B], return_lengths=True)
+    text = text.long().to(DEVICE)
+    with torch.no_grad():
+        check(after.encode_text(text), before.encode_text(text))
+        compare(
+            lambda: after.encode_text(text), {"open_clip": lambda: before.encode_text(text)},
+            items=B, floor=text_floor(SIZES, lengths), mean_tokens=float(lengths.double().mean()),
         )  # fmt: skip

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import platform
+from pathlib import Path
 
 import torch
 
+import clipfast.interop
 from clipfast.inputs.image import jpeg_decoder
+from clipfast.interop.accelerate import LIBRARIES
 from clipfast.kernels import OPS, dispatch, passed
 
 
 def info() -> str:
-    """A text to read or to put into a bug report: versions, device, then op × backend with the reason where one is missing.
+    """A text to read or to put into a bug report: versions, device, op × backend with the reason where one is missing, and the
+    libraries whose models ``accelerate`` knows.
 
     ``first choice`` is what runs on this machine's device unless its arguments are not supported; then the next choice runs.
     """
@@ -35,7 +40,16 @@ def info() -> str:
             else:
                 state = f"on request: with clipfast.kernels.use({backend!r})"
             lines.append(f"{name:16} {backend:10} {state}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_accelerated()])
+
+
+def _accelerated() -> list[str]:
+    """A row for each library that ``accelerate`` knows: the first line of its file, which says what is; nothing is imported."""
+    rows = []
+    for library in LIBRARIES:
+        source = (Path(clipfast.interop.__path__[0]) / f"{library}.py").read_text(encoding="utf-8")
+        rows.append(f"{'accelerates':16} {(ast.get_docstring(ast.parse(source)) or library).splitlines()[0]}")
+    return rows
 
 
 def _versions(device: str) -> list[tuple[str, str]]:

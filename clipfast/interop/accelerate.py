@@ -30,7 +30,11 @@ from torch import nn
 from clipfast.model import CLIP
 
 # The file of each library, and the module that is loaded wherever that library's models are.
-LIBRARIES = {"timm": "timm.models.vision_transformer", "transformers": "transformers.modeling_utils"}
+LIBRARIES = {
+    "open_clip": "open_clip.transformer",
+    "timm": "timm.models.vision_transformer",
+    "transformers": "transformers.modeling_utils",
+}
 
 
 class Swap(NamedTuple):
@@ -40,29 +44,30 @@ class Swap(NamedTuple):
     forward: Callable[..., Any] | None  # forward(module, *args, **kwargs); None: the module is left as it is
     says: str  # on what it runs; or why it is left
     lacks: str | None = None  # why a module with a ``forward`` runs as itself for now
+    method: str = "forward"  # what ``forward`` stands for, where a class computes elsewhere than in its forward pass
 
 
 class Forward:
-    """The ``forward`` of an accelerated module.
+    """The ``forward`` of an accelerated module, or another method of it.
 
     It knows its module by a weak reference, so that no cycle keeps the model alive; in a copy, or out of a pickle, it belongs
     to the module of that copy.
     """
 
-    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        self._module, self.function = weakref.ref(module), function
+    def __init__(self, module: nn.Module, function: Callable[..., Any], method: str = "forward") -> None:
+        self._module, self.function, self.method = weakref.ref(module), function, method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(self._module(), *args, **kwargs)
 
     def __reduce__(self) -> tuple:
-        return Forward, (self._module(), self.function)
+        return Forward, (self._module(), self.function, self.method)
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """The class's own forward pass, where ``inspect.signature`` looks for the arguments."""
+        """The class's own method, where ``inspect.signature`` looks for the arguments."""
         module: Any = self._module()
-        return type(module).forward.__get__(module)
+        return getattr(type(module), self.method).__get__(module)
 
     @property
     def __code__(self) -> Any:
@@ -144,10 +149,10 @@ def accelerate(model: nn.Module) -> Report:
         line = Line(name, type(swap.module).__name__, swap.says)
         if swap.forward is None:
             report.left.append(line)
-        elif "forward" in swap.module.__dict__:
-            report.left.append(line._replace(says="its forward is already replaced by somebody else's"))
+        elif swap.method in swap.module.__dict__:
+            report.left.append(line._replace(says=f"its {swap.method} is already replaced by somebody else's"))
         else:
-            swap.module.forward = Forward(swap.module, swap.forward)
+            setattr(swap.module, swap.method, Forward(swap.module, swap.forward, swap.method))
             if swap.lacks is None:
                 report.accelerated.append(line)
             else:
@@ -168,8 +173,8 @@ def restore(model: nn.Module) -> None:
             f"expected a model, an nn.Module, got {type(model).__name__}; of a pipeline, pass its models one by one"
         )
     for module in model.modules():
-        if type(module.__dict__.get("forward")) is Forward:
-            del module.forward
+        for method in [name for name, own in module.__dict__.items() if type(own) is Forward]:
+            delattr(module, method)
 
 
 def _swaps(model: nn.Module) -> Iterator[Swap]:

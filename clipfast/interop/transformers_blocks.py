@@ -13,7 +13,7 @@ from transformers.utils import output_capturing
 from clipfast.interop import attention_interface
 from clipfast.interop.accelerate import bare, original
 from clipfast.kernels import linear, pooling
-from clipfast.model.rule import PLAIN, untouched
+from clipfast.model.rule import know, untouched
 from clipfast.model.transformer import Layout, Linear, Norm, Parts, Stream, block
 from clipfast.model.vit import patches, tiles
 
@@ -22,7 +22,7 @@ _ACTIVATIONS = {
     activations.QuickGELUActivation, activations.GELUActivation, activations.GELUTanh, activations.NewGELUActivation,
     activations.SiLUActivation, nn.GELU, nn.ReLU, nn.SiLU,
 }  # fmt: skip
-PLAIN |= _ACTIVATIONS  # type: ignore[misc]
+know(*_ACTIVATIONS)
 # What a call may carry beside its tensors without asking for what is not computed.
 HARMLESS = {"is_causal", "output_attentions", "output_hidden_states", "return_dict", "use_cache"}
 

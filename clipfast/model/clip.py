@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipfast.kernels.linear import onednn
+from clipfast.model import scripted
 from clipfast.model.intermediates import image_intermediates, text_intermediates
 from clipfast.model.packed import Packed, pack, padded
 from clipfast.model.resnet import Bottleneck, ModifiedResNet
@@ -161,7 +162,7 @@ class CLIP(nn.Module):
         nobody looks into the tower, since what others see are all tokens."""
         return (
             self.causal and self.end_token != -1 and self._reads()
-            and untouched(self.token_embedding) and all(block.causal and fusable(block) for block in self.transformer.resblocks)
+            and untouched(self.token_embedding) and all(fusable(block) and block.causal for block in self.transformer.resblocks)
         )  # fmt: skip
 
     def _reads(self) -> bool:
@@ -317,6 +318,9 @@ class CLIP(nn.Module):
                 transformer.pack_weights()
         return model
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scripted.CLIP(self)
+
     def _transformers(self) -> list[Transformer]:
         return [t for tower in (self.visual, self) if isinstance(t := getattr(tower, "transformer", None), Transformer)]
 
@@ -334,7 +338,7 @@ class CLIP(nn.Module):
         if not isinstance(image, Tensor) or not image.is_floating_point():
             got = image.dtype if isinstance(image, Tensor) else type(image).__name__
             raise TypeError(f"encode_image: expected a floating tensor {expected}, got {got}; see preprocess")
-        if image.ndim != 4 or image.shape[1] != channels or not visual.fits(*image.shape[2:]):
+        if image.ndim != 4 or not visual.fits(*image.shape[1:]):
             fits = f"{side} is model.visual.input_resolution; see preprocess"
             raise ValueError(f"encode_image: expected images {expected}, got {list(image.shape)}: {fits}")
         return image.to(self.dtype)

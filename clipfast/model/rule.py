@@ -13,15 +13,31 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-# Classes whose forward pass the fused way knows; transformer.py and resnet.py add ours.
-PLAIN: set[type] = {
-    nn.AvgPool2d, nn.BatchNorm2d, nn.Conv2d, nn.Embedding, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.MultiheadAttention,
-    nn.ReLU, nn.Sequential, nn.SiLU, NonDynamicallyQuantizableLinear,
-}  # fmt: skip
+# Classes whose forward pass the fused way knows, each with the methods as they were known: (class that has it, name, method).
+_KNOWN: dict[type, list[tuple[type, str, Any]]] = {}
 _TENSORS = {Tensor, nn.Parameter, type(None)}
 _GLOBAL = (
     hooks._global_forward_hooks, hooks._global_forward_pre_hooks, hooks._global_backward_hooks, hooks._global_backward_pre_hooks
 )  # fmt: skip
+
+
+def know(*kinds: type, methods: tuple[str, ...] = ("forward",)) -> None:
+    """Enter classes as they are now: one whose method somebody replaces later is plain no more."""
+    for kind in kinds:
+        homes = [base for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
+        _KNOWN[kind] = [(base, name, vars(base)[name]) for base in homes for name in methods if name in vars(base)]
+
+
+know(
+    nn.AvgPool2d, nn.BatchNorm2d, nn.Conv2d, nn.Embedding, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.MultiheadAttention,
+    nn.ReLU, nn.Sequential, nn.SiLU, NonDynamicallyQuantizableLinear,
+)  # fmt: skip
+
+
+def plain(kind: type) -> bool:
+    """Whether a class is known, and its methods are those that are known."""
+    known = _KNOWN.get(kind)
+    return known is not None and all([getattr(home, name) is method for home, name, method in known])
 
 
 def untouched(*modules: nn.Module) -> bool:
@@ -29,7 +45,7 @@ def untouched(*modules: nn.Module) -> bool:
     if not watched():
         for module in modules:
             own = module.__dict__
-            if type(module) not in PLAIN or _hooked(own) or "forward" in own:
+            if not plain(type(module)) or _hooked(own) or "forward" in own:
                 return False
             for tensor in own["_parameters"].values():
                 if type(tensor) not in _TENSORS and type(tensor).__name__ != "DTensor":
@@ -42,6 +58,8 @@ def whole(module: nn.Module, kind: type) -> bool:
     """Whether a block or a transformer, which is called as a module on either way, is exactly ours and bears no hook but those
     with which FSDP gathers its weights."""
     own = module.__dict__
+    if not plain(kind):
+        return False
     if type(module) is kind:
         return not (_hooked(own) or "forward" in own)
     if type(module).__bases__[-1] is not kind or not type(module).__module__.startswith("torch.distributed.fsdp"):

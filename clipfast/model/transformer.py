@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from clipfast.kernels import attention, layer_norm, linear, mlp, pooling
 from clipfast.kernels.linear import onednn
-from clipfast.model.rule import PLAIN, untouched, watched, whole
+from clipfast.model import scripted
+from clipfast.model.rule import know, plain, untouched, watched, whole
 
 # ---- the fused block
 
@@ -136,8 +137,11 @@ def _pool(x: Tensor, parts: Parts, layout: Layout) -> Tensor:
 class LayerNorm(nn.LayerNorm):
     """Layer norm whose sums are in fp32 at the least, and whose result has its input's dtype."""
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scripted.LayerNorm(self)
+
     def forward(self, x: Tensor) -> Tensor:
-        if not watched() and _plain_norm(self):
+        if not watched() and plain(nn.LayerNorm) and _plain_norm(self):
             return layer_norm(x, self.weight, self.bias, None, self.eps)
         return super().forward(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
@@ -210,6 +214,9 @@ class ResidualAttentionBlock(nn.Module):
         self._mask, self._version = mask, 0 if mask is None else mask._version
         self.causal = mask is not None and mask.ndim == 2 and mask.equal(causal_mask(len(mask)).to(mask))
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scripted.Block(self)
+
     def attention(self, x: Tensor) -> Tensor:
         mask, L = self.attn_mask, x.shape[0]
         if mask is not None:
@@ -247,7 +254,9 @@ def causal_mask(length: int) -> Tensor:
 def whole_inside(block: Any) -> bool:
     """Whether what a block consists of is untouched, so that its weights may be read; hooks on itself do not count."""
     own = block.__dict__
-    if type(block) is not ResidualAttentionBlock and not whole(block, ResidualAttentionBlock):
+    if not (type(block) is ResidualAttentionBlock and plain(ResidualAttentionBlock)) and not whole(
+        block, ResidualAttentionBlock
+    ):
         return False
     mask, modules = own["_mask"], own["_modules"]
     if "attention" in own or (mask is not None and not block.causal):
@@ -272,10 +281,12 @@ def whole_inside(block: Any) -> bool:
         and type(layers["c_fc"]) is type(layers["c_proj"]) is nn.Linear
         and type(modules["ln_1"]) is type(modules["ln_2"]) is LayerNorm
         and type(layers["gelu"]) in ACTIVATIONS_KNOWN
+        and {type(block.ls_1), type(block.ls_2)} in ({LayerScale}, {type(None)})
     )  # fmt: skip
 
 
-PLAIN |= {LayerNorm, LayerScale, QuickGELU}
+know(LayerNorm, LayerScale, QuickGELU)
+know(ResidualAttentionBlock, methods=("forward", "attention"))
 ACTIVATIONS_KNOWN = {QuickGELU, nn.GELU, nn.SiLU, nn.ReLU, nn.Identity}
 
 
@@ -341,6 +352,9 @@ class Transformer(nn.Module):
                 kept.append(x.s if type(x) is Stream else x.transpose(0, 1))
         return x
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scripted.Transformer(self)
+
     def pack_weights(self) -> None:
         """See ``CLIP.for_inference``."""
         last = len(self.resblocks) - 1
@@ -350,6 +364,9 @@ class Transformer(nn.Module):
                 homes.append((block.attn, "in_proj_weight"))
             for home, name in homes:
                 setattr(home, name, nn.Parameter(onednn.packed(getattr(home, name)), requires_grad=False))
+
+
+know(Transformer)
 
 
 def _as_itself(x: Any) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clipfast.kernels import linear
+from clipfast.model import scripted
 from clipfast.model.rule import untouched, whole
 from clipfast.model.transformer import LayerNorm, Layout, Stream, Transformer, projected
 
@@ -51,7 +52,7 @@ class VisionTransformer(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """x [B, 3, H, W] -> [B, L, C]: class token and patches, with positions, normalised."""
         conv = self.conv1
-        x = patches(conv, x) if tiles(conv) and x.shape[1] == conv.in_channels else conv(x).flatten(2).transpose(1, 2)
+        x = patches(conv, x) if tiles(conv) and x.shape[1] == conv.weight.shape[1] else conv(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
         return drop_patches(x, self.patch_dropout) if self.training and self.patch_dropout else x
@@ -61,12 +62,14 @@ class VisionTransformer(nn.Module):
         x = self.ln_post(x)
         return x if self.proj is None else projected(x, self.proj)
 
-    def fits(self, height: int, width: int) -> bool:
-        """Whether images of that size have as many patches as there are positions."""
-        if not untouched(self.conv1):
-            return True  # it says so itself
-        (p, q), (r, s) = self.conv1.kernel_size, self.conv1.stride
-        return ((height - p) // r + 1) * ((width - q) // s + 1) + 1 == len(self.positional_embedding)
+    def fits(self, channels: int, height: int, width: int) -> bool:
+        """Whether images of that size have the channels and as many patches as there are positions; a convolution that was
+        replaced or changed says so itself."""
+        conv = self.conv1
+        if not tiles(conv):
+            return True
+        p, q = conv.kernel_size
+        return channels == conv.weight.shape[1] and (height // p) * (width // q) + 1 == self.positional_embedding.shape[-2]
 
     def pooled(self, x: Tensor) -> Tensor:
         """States after the last block [B, L, C] -> [B, C]."""
@@ -77,6 +80,9 @@ class VisionTransformer(nn.Module):
         if self.pool == "token" and whole(self.transformer, Transformer) and untouched(self.transformer.resblocks):
             return self.project(self.transformer(Stream(x, None, self.layout)))
         return self.project(self.pooled(self.transformer(x.transpose(0, 1)).transpose(0, 1)))
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scripted.VisionTransformer(self)
 
     # ---- open_clip's calls
 

@@ -123,11 +123,11 @@ class MobileCLIP(nn.Module):
 
 
 def load(source: str | os.PathLike[str] | Mapping[str, Tensor], name: str | None = None) -> MobileCLIP:
-    """A MobileCLIP in eval mode and float32 on the CPU, reparameterised for inference and accelerated.
+    """A MobileCLIP in eval mode and float32, reparameterised for inference and accelerated.
 
     Args:
         source: a checkpoint in Apple's first layout (``mobileclip_s0.pt`` … ``mobileclip_blt.pt``) or open_clip's, a folder
-            with one, or a state dict.
+            with one, which come on the CPU; or a state dict, whose tensors are copied.
         name: what it must be (MobileCLIP-S0, MobileCLIP2-L-14, …); None: whatever it is, which its tensors tell.
 
     Raises:
@@ -147,7 +147,7 @@ def load(source: str | os.PathLike[str] | Mapping[str, Tensor], name: str | None
     first = any(key.startswith(_FIRST) for key in state)
     image, text, scale = _towers(where, architecture, state, first)
     model = MobileCLIP(architecture, image, text).eval()
-    model.logit_scale.data = scale
+    model.logit_scale = nn.Parameter(scale)
     reparameterize(model, inplace=True)
     accelerate(model)
     return model
@@ -213,7 +213,8 @@ def _trunk(where: str, one: Architecture, state: State, width: int, first: bool)
             trunk: Any = timm.create_model(one.trunk, num_classes=width, global_pool="token" if vit else "avg")
         if first:
             rename: Any = vision_transformer_hybrid if vit else fastvit
-            state = rename.checkpoint_filter_fn(state, trunk)
+            with next(iter(state.values())).device:  # where a bias of zeros is made
+                state = rename.checkpoint_filter_fn(state, trunk)
         else:
             state = {key.removeprefix("visual.trunk."): tensor for key, tensor in state.items()}
         state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
@@ -276,9 +277,11 @@ def reparameterize(model: nn.Module, inplace: bool = False) -> nn.Module:
         raise ValueError("reparameterize: expected a model in eval mode, got one that trains: call model.eval() before")
     model = model if inplace else copy.deepcopy(model)
     for module in _branched(model):
-        dtype, frozen = next(module.parameters()).dtype, not any(p.requires_grad for p in module.parameters())
-        module.double().reparameterize()
-        module.to(dtype).requires_grad_(not frozen)
+        first, trains = next(module.parameters()), any(p.requires_grad for p in module.parameters())
+        dtype, device = first.dtype, first.device
+        with device:  # where timm then makes the convolution
+            module.double().reparameterize()
+        module.to(dtype).requires_grad_(trains)
     for module in model.modules():
         if type(module) is ConvNormAct and isinstance(module.bn, nn.BatchNorm2d) and module.aa is None:
             _fold_norm(module)

@@ -120,6 +120,9 @@ def from_state(where: str, tensors: Any, ignore: Collection[str] = (), towers: C
     if "text" in towers:
         ranks |= {"text_projection": 2} if towers == TOWERS else {}
         ranks |= {"positional_embedding": 2, "token_embedding.weight": 2}
+    if any(name.startswith(("image_encoder.model.", "visual.trunk.")) for name in state):
+        serves = "clipfast.interop.mobileclip.load(path) if it is a MobileCLIP, else open_clip and clipfast.accelerate(model)"
+        raise ValueError(f"{where}: has an image tower of timm's ({next(iter(state))}, ...), which is loaded by {serves}")
     if lacking := [name for name, rank in ranks.items() if name not in state or state[name].ndim != rank]:
         what = "the two towers of CLIP" if towers == TOWERS else f"the {towers[0]} tower of CLIP"  # type: ignore[index]
         raise ValueError(

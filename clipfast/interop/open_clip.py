@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from clipfast.interop.accelerate import Swap, bare, original
 from clipfast.kernels import linear, pooling
 from clipfast.model.packed import pack
-from clipfast.model.rule import PLAIN, untouched
+from clipfast.model.rule import know, untouched
 from clipfast.model.transformer import Layout, Linear, Norm, Parts, Stream, block, causal_mask, projected
 from clipfast.model.vit import patches, tiles
 
@@ -34,7 +34,7 @@ if tuple(int(number) for number in version.split(".")[:2]) < (3, 3):
 _NORMS = {nn.LayerNorm, theirs.LayerNorm, theirs.LayerNormFp32}
 # Activations that map each number for itself.
 _ACTIVATIONS = {theirs.QuickGELU, nn.GELU, nn.ReLU, nn.SiLU, nn.Identity}
-PLAIN |= _NORMS | _ACTIVATIONS | {theirs.Attention, theirs.LayerScale}  # type: ignore[misc]
+know(*_NORMS, *_ACTIVATIONS, theirs.Attention, theirs.LayerScale)
 _BLOCKS = {theirs.ResidualAttentionBlock, theirs.CustomResidualAttentionBlock}
 _TRANSFORMERS = {theirs.Transformer, theirs.CustomTransformer}
 # What an instance may have in the place of the class's, of which ``forward`` consists.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from clipfast.interop.accelerate import Swap, bare, original
 from clipfast.kernels import pooling
-from clipfast.model.rule import PLAIN, untouched
+from clipfast.model.rule import know, untouched
 from clipfast.model.transformer import Layout, Linear, Norm, Parts, Stream, block
 from clipfast.model.vit import patches, tiles
 
@@ -26,7 +26,7 @@ _ACTIVATIONS = {
     activations.QuickGELU, activations.GELU, activations.GELUTanh, activations.Swish, nn.GELU, nn.ReLU, nn.SiLU, nn.Identity,
 }  # fmt: skip
 _SCALES = {LayerScale, nn.Identity}
-PLAIN |= _ACTIVATIONS | {LayerNorm, LayerScale}  # type: ignore[misc]
+know(*_ACTIVATIONS, LayerNorm, LayerScale)
 # What an instance may have in the place of the class's, of which ``forward`` consists.
 _STEPS = {"forward_features", "forward_head", "pool", "_pos_embed"}
 

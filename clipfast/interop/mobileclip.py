@@ -122,6 +122,7 @@ class MobileCLIP(nn.Module):
 # ---- loading
 
 
+@torch.inference_mode(False)
 def load(source: str | os.PathLike[str] | Mapping[str, Tensor], name: str | None = None) -> MobileCLIP:
     """A MobileCLIP in eval mode and float32, reparameterised for inference and accelerated.
 

@@ -131,13 +131,14 @@ def apples(trunk: dict[str, Tensor]) -> dict[str, Tensor]:
 def shaken(model: Any) -> Any:
     """Weights at which every branch, norm and scale counts."""
     generator = torch.Generator().manual_seed(0)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        random = torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor
+    statistics = [(name, tensor) for name, tensor in model.named_buffers() if "running_" in name]
+    for name, tensor in [*model.named_parameters(), *statistics]:
+        random = torch.randn(tensor.shape, generator=generator)
         if "running_var" in name:
             tensor.data = 0.5 + random.abs()
         elif tensor.ndim > 1 and "scale" not in name and "gamma" not in name:
             tensor.data = random * tensor[0].numel() ** -0.5
-        elif tensor.ndim and tensor.is_floating_point():
+        elif tensor.ndim:
             tensor.data = 0.3 * random + (1 if name.endswith("weight") else 0)
     return model.eval()
 
@@ -220,8 +221,9 @@ def test_mobileclip2_is_open_clips() -> None:
 def test_the_larger_ones_are_open_clips(name: str) -> None:
     heads = open_clip.get_model_config(name)["text_cfg"]["heads"]
     theirs = shaken(open_clip_model(name, **TEXT | dict(width=heads * 8, heads=heads)))
-    ours, x = mobileclip.load(theirs.state_dict(), name), images(224 if "B" in name or "L" in name else 64)
-    equal(ours.encode_image(x), theirs.encode_image(x))
+    ours, x = mobileclip.load(theirs.state_dict(), name), images(64 if "-S" in name else 224)
+    # Of S1 open_clip's own error against float64 is 6e-6, at these weights.
+    equal(ours.encode_image(x), theirs.encode_image(x), 3e-5)
     equal(ours.encode_text(texts()), theirs.encode_text(texts()))
 
 

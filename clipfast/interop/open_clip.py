@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from clipfast.interop.accelerate import Swap, bare, original
+from clipfast.interop.timm import gelu
 from clipfast.kernels import linear, pooling
 from clipfast.model.packed import pack
 from clipfast.model.rule import know, untouched
@@ -124,12 +125,14 @@ def _custom_lacks(inner: dict[str, Any]) -> str | None:
 def parts(module: Any) -> Parts:
     attn, mlp = module.attn, module.mlp
     act, kind = mlp.gelu, type(mlp.gelu)
-    exact = kind is nn.GELU and act.approximate == "none"
+    if kind is theirs.QuickGELU:
+        act = True
+    elif kind is nn.GELU and act.approximate == "none":
+        act = gelu if mlp.c_fc.weight.is_cpu else False
     scales = (module.ls_1.gamma, module.ls_2.gamma) if type(module.ls_1) is theirs.LayerScale else None
     return Parts(
         attn.num_heads, Norm.of(module.ln_1), (Linear(attn.in_proj_weight, attn.in_proj_bias),), Linear.of(attn.out_proj),
-        Norm.of(module.ln_2), Linear.of(mlp.c_fc), kind is theirs.QuickGELU if exact or kind is theirs.QuickGELU else act,
-        Linear.of(mlp.c_proj), scales,
+        Norm.of(module.ln_2), Linear.of(mlp.c_fc), act, Linear.of(mlp.c_proj), scales,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,10 +10,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class LayerNorm(nn.Module):
-    def __init__(self, ln: Any) -> None:
+def twin(module: nn.Module) -> nn.Module:
+    """A module for TorchScript to take, which replaces submodules in place: its containers are copies, its weights are not."""
+    if hasattr(module, "__prepare_scriptable__"):
+        return module.__prepare_scriptable__()
+    other = copy.copy(module)
+    other._modules = {name: None if child is None else twin(child) for name, child in module._modules.items()}
+    return other
+
+
+class _Twin(nn.Module):
+    def __init__(self, original: Any, *names: str) -> None:
+        """names: of modules, weights and numbers that are the original's."""
         super().__init__()
-        self.shape, self.weight, self.bias, self.eps = list(ln.normalized_shape), ln.weight, ln.bias, ln.eps
+        for name in names:
+            value = getattr(original, name)
+            setattr(self, name, twin(value) if isinstance(value, nn.Module) else value)
+
+
+class LayerNorm(_Twin):
+    def __init__(self, ln: Any) -> None:
+        super().__init__(ln, "weight", "bias", "eps")
+        self.shape = list(ln.normalized_shape)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
@@ -20,11 +39,10 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
-class Block(nn.Module):
+class Block(_Twin):
     def __init__(self, block: Any) -> None:
-        super().__init__()
-        self.attn, self.ln_1, self.mlp, self.ln_2 = block.attn, block.ln_1, block.mlp, block.ln_2
-        self.ls_1, self.ls_2 = block.ls_1 or nn.Identity(), block.ls_2 or nn.Identity()
+        super().__init__(block, "attn", "ln_1", "mlp", "ln_2")
+        self.ls_1, self.ls_2 = (nn.Identity() if scale is None else twin(scale) for scale in (block.ls_1, block.ls_2))
         self.mask: Tensor | None
         self.register_buffer("mask", block.attn_mask, persistent=False)
 
@@ -32,28 +50,25 @@ class Block(nn.Module):
         """x [L, B, C] -> the same."""
         mask, y, L = self.mask, self.ln_1(x), x.shape[0]
         if mask is not None:
-            mask = mask[..., :L, :L].to(dtype=x.dtype, device=x.device)
+            mask = mask[..., -L:, -L:].to(dtype=x.dtype, device=x.device)
         x = x + self.ls_1(self.attn(y, y, y, need_weights=False, attn_mask=mask)[0])
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
-class Transformer(nn.Module):
+class Transformer(_Twin):
     def __init__(self, transformer: Any) -> None:
-        super().__init__()
-        self.resblocks = transformer.resblocks
+        super().__init__(transformer, "resblocks")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resblocks(x)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(_Twin):
     def __init__(self, tower: Any) -> None:
-        super().__init__()
+        super().__init__(tower, "conv1", "class_embedding", "positional_embedding", "ln_pre", "transformer", "ln_post", "proj")
+        self.averages = tower.pool == "average"
         if tower.patch_dropout:
             raise ValueError(f"torch.jit.script: expected a tower with patch_dropout = 0, got {tower.patch_dropout}; set it so")
-        self.conv1, self.ln_pre, self.transformer, self.ln_post = tower.conv1, tower.ln_pre, tower.transformer, tower.ln_post
-        self.class_embedding, self.positional_embedding = tower.class_embedding, tower.positional_embedding
-        self.proj, self.averages = tower.proj, tower.pool == "average"
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x).flatten(2).transpose(1, 2)
@@ -63,24 +78,22 @@ class VisionTransformer(nn.Module):
         return x if self.proj is None else x @ self.proj
 
 
-class Bottleneck(nn.Module):
+_UNITS = tuple(f"{part}{number}" for number in (1, 2, 3) for part in ("conv", "bn", "relu"))
+
+
+class Bottleneck(_Twin):
     def __init__(self, block: Any) -> None:
-        super().__init__()
-        self.conv1, self.bn1, self.relu1 = block.conv1, block.bn1, block.relu1
-        self.conv2, self.bn2, self.relu2 = block.conv2, block.bn2, block.relu2
-        self.avgpool, self.conv3, self.bn3, self.relu3 = block.avgpool, block.conv3, block.bn3, block.relu3
-        self.downsample = block.downsample or nn.Identity()
+        super().__init__(block, *_UNITS, "avgpool")
+        self.downsample = nn.Identity() if block.downsample is None else twin(block.downsample)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu2(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x))))))
         return self.relu3(self.bn3(self.conv3(self.avgpool(y))) + self.downsample(x))
 
 
-class AttentionPool2d(nn.Module):
+class AttentionPool2d(_Twin):
     def __init__(self, pool: Any) -> None:
-        super().__init__()
-        self.num_heads, self.positional_embedding = pool.num_heads, pool.positional_embedding
-        self.q_proj, self.k_proj, self.v_proj, self.c_proj = pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj
+        super().__init__(pool, "num_heads", "positional_embedding", "q_proj", "k_proj", "v_proj", "c_proj")
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(2).permute(2, 0, 1)
@@ -90,14 +103,9 @@ class AttentionPool2d(nn.Module):
         return self.c_proj(F.scaled_dot_product_attention(q, k, v).flatten(1))
 
 
-class ModifiedResNet(nn.Module):
+class ModifiedResNet(_Twin):
     def __init__(self, tower: Any) -> None:
-        super().__init__()
-        self.conv1, self.bn1, self.relu1 = tower.conv1, tower.bn1, tower.relu1
-        self.conv2, self.bn2, self.relu2 = tower.conv2, tower.bn2, tower.relu2
-        self.conv3, self.bn3, self.relu3, self.avgpool = tower.conv3, tower.bn3, tower.relu3, tower.avgpool
-        self.layer1, self.layer2, self.layer3, self.layer4 = tower.layer1, tower.layer2, tower.layer3, tower.layer4
-        self.attnpool = tower.attnpool
+        super().__init__(tower, *_UNITS, "avgpool", "layer1", "layer2", "layer3", "layer4", "attnpool")
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu1(self.bn1(self.conv1(x.to(self.conv1.weight.dtype))))
@@ -105,14 +113,14 @@ class ModifiedResNet(nn.Module):
         return self.attnpool(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
 
 
-class CLIP(nn.Module):
+class CLIP(_Twin):
     """``encode_image``, ``encode_text`` and the logits of ``forward``; texts are [B, L] of token ids."""
 
     def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.visual, self.transformer, self.ln_final = model.visual, model.transformer, model.ln_final
-        self.token_embedding, self.positional_embedding = model.token_embedding, model.positional_embedding
-        self.text_projection, self.logit_scale, self.logit_bias = model.text_projection, model.logit_scale, model.logit_bias
+        super().__init__(
+            model, "visual", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection",
+            "logit_scale", "logit_bias",
+        )  # fmt: skip
         self.end_token: int = -2 if model.end_token is None else model.end_token  # -2: the largest id
 
     @torch.jit.export

@@ -112,8 +112,10 @@ def test_torch_jit_trace(which: str) -> None:
 def test_torch_jit_script(which: str) -> None:
     sizes, name = TOWERS[which]
     module, _, inputs = tower(which)
+    modules = [*module.model.modules()]
     with clipfast.kernels.use("reference"):
         scripted = torch.jit.script(module.model)
+    assert all(is_ is was for is_, was in zip(module.model.modules(), modules, strict=True))
     check(scripted.encode_image if name == "image" else scripted.encode_text, module, inputs)
 
 

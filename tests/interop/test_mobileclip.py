@@ -160,6 +160,12 @@ def equal(got: Tensor, expected: Tensor, tolerance: float = 5e-6) -> None:
     assert error < tolerance, f"relative error {error:.1e}"
 
 
+def as_exact(got: Tensor, theirs: Tensor, truth: Tensor) -> None:
+    """Ours is as near to the float64 truth as theirs: a deep sum of convolutions is off by 2e-6 to 4e-6 in either."""
+    errors = [(features.double() - truth).norm() / truth.norm() for features in (got, theirs)]
+    assert errors[0] < 3 * errors[1], f"relative error {errors[0]:.1e}, theirs {errors[1]:.1e}"
+
+
 def open_clip_model(name: str, meta: bool = False, **text: Any) -> Any:
     config = copy.deepcopy(open_clip.get_model_config(name))
     config.pop("custom_text")
@@ -203,13 +209,14 @@ def test_mobileclip2_is_open_clips() -> None:
     ours = mobileclip.load({f"module.{name}": tensor for name, tensor in theirs.state_dict().items()})
     assert ours.names == ("MobileCLIP2-S0",)
     features = theirs.encode_image(images()), theirs.encode_text(texts())
-    equal(ours.encode_image(images()), features[0])
+    truth = copy.deepcopy(theirs).double().encode_image(images().double())
+    as_exact(ours.encode_image(images()), features[0], truth)
     equal(ours.encode_text(texts()), features[1])
     folded = mobileclip.reparameterize(theirs)
     assert sum(p.numel() for p in folded.parameters()) < sum(p.numel() for p in theirs.parameters())
     mobileclip.reparameterize(folded, inplace=True)  # once more: nothing is left to do
     accelerate(folded)
-    equal(folded.encode_image(images()), features[0])
+    as_exact(folded.encode_image(images()), features[0], truth)
     equal(folded.encode_text(texts()), features[1])
     assert torch.equal(theirs.encode_image(images()), features[0])  # and theirs is as it was
 

@@ -36,32 +36,31 @@ def pair() -> Callable[[str], tuple[Any, Any]]:
         else:  # Stable Diffusion's
             config = transformers.CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
             model = transformers.CLIPTextModel(config)
-        before = model.eval().to(DEVICE)
-        after = copy.deepcopy(before)
-        assert accelerate(after)
-        return after, before
+        return accelerated(model)
 
     return made
+
+
+def accelerated(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A model accelerated, and as it is."""
+    before = model.eval().to(DEVICE)
+    after = copy.deepcopy(before)
+    assert accelerate(after)
+    return after, before
 
 
 @functools.cache
 def classifier() -> tuple[nn.Module, nn.Module]:
     """timm's ViT-B/16 of CLIP with its head, random: accelerated, and as it is."""
     torch.manual_seed(0)
-    before = timm.create_model("vit_base_patch16_clip_224", num_classes=1000).eval().to(DEVICE)
-    after = copy.deepcopy(before)
-    assert accelerate(after)
-    return after, before
+    return accelerated(timm.create_model("vit_base_patch16_clip_224", num_classes=1000))
 
 
 @functools.cache
 def open_clips() -> tuple[Any, Any]:
     """open_clip's ViT-B/32, random: accelerated, and as it is."""
     torch.manual_seed(0)
-    before = open_clip.create_model("ViT-B-32").eval().to(DEVICE)
-    after = copy.deepcopy(before)
-    assert accelerate(after)
-    return after, before
+    return accelerated(open_clip.create_model("ViT-B-32"))
 
 
 def check(got: torch.Tensor, expected: torch.Tensor) -> None:

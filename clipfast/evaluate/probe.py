@@ -44,8 +44,7 @@ class Head(NamedTuple):
                 f"expected features [N, {self.weight.shape[1]}], as the head was fitted on, got {tuple(features.shape)}"
             )
         rows = Rows([(features, None, np.zeros(len(features), int))], self.weight.device, self.weight.dtype)
-        blocks = [torch.addmm(self.bias, block, self.weight.T).float().cpu() for block, _ in rows.blocks(len(self.classes))]
-        return torch.cat(blocks) if blocks else torch.zeros(0, len(self.classes))
+        return judged(self, rows)[0].float() if len(features) else torch.zeros(0, len(self.classes))
 
     def probabilities(self, features: np.ndarray | Tensor) -> Tensor:
         return self.logits(features).softmax(1)
@@ -259,7 +258,12 @@ def search(fitter: Fitter, held: Rows, score: Score) -> list[Trial]:
         head, fit = fitter(penalty)
         logits, targets = judged(head, held)
         trials[place] = Trial(
-            penalty, float(score(logits, targets)), fit.loss, fit.iterations, fit.converged, perf_counter() - start
+            penalty,
+            float(score(logits.numpy(), targets.numpy())),
+            fit.loss,
+            fit.iterations,
+            fit.converged,
+            perf_counter() - start,
         )
 
     for place in range(96, -1, -16):  # the strongest first: it is quick, and each starts from the one before
@@ -271,8 +275,8 @@ def search(fitter: Fitter, held: Rows, score: Score) -> list[Trial]:
     return list(trials.values())
 
 
-def judged(head: Head, held: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [N, C] and class indices [N] of the rows held out."""
-    blocks = [(torch.addmm(head.bias, block, head.weight.T).cpu(), own.cpu()) for block, own in held.blocks(len(head.classes))]
+def judged(head: Head, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Logits [N, C] and class indices [N] of the rows, on the CPU."""
+    blocks = [(torch.addmm(head.bias, block, head.weight.T).cpu(), own.cpu()) for block, own in rows.blocks(len(head.classes))]
     logits, targets = zip(*blocks, strict=True)
-    return torch.cat(logits).numpy(), torch.cat(targets).numpy()
+    return torch.cat(logits), torch.cat(targets)

@@ -92,6 +92,18 @@ def bare(module: nn.Module, kind: type, but: str = "") -> bool:
     return type(module) is kind and not hooked and type(own.get("forward")) in (type(None), Forward)
 
 
+class Way(NamedTuple):
+    """How a class runs, in a library's file; the fields of ``Swap``, of every module of that class."""
+
+    forward: Callable[..., Any]
+    says: str
+    lacks: Callable[[Any], str | None] = lambda module: None
+    method: str = "forward"
+
+    def swap(self, module: nn.Module) -> Swap:
+        return Swap(module, self.forward, self.says, self.lacks(module), self.method)
+
+
 class Line(NamedTuple):
     """One module of a report."""
 

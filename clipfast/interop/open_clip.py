@@ -5,8 +5,8 @@ Trunks of timm and text encoders of transformers inside of them are those librar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from clipfast.interop.accelerate import Swap, bare, original
-from clipfast.interop.timm import gelu
-from clipfast.kernels import linear, pooling
+from clipfast.interop.accelerate import Swap, Way, bare, original
 from clipfast.model.packed import pack
+from clipfast.model.resnet import pooled_map
 from clipfast.model.rule import know, untouched
-from clipfast.model.transformer import Layout, Linear, Norm, Parts, Stream, block, causal_mask, projected
+from clipfast.model.transformer import Layout, Linear, Norm, Parts, Stream, block, causal_mask, gelu_after, projected
 from clipfast.model.vit import patches, tiles
 
 if tuple(int(number) for number in version.split(".")[:2]) < (3, 3):
@@ -42,15 +41,6 @@ _TRANSFORMERS = {theirs.Transformer, theirs.CustomTransformer}
 _STEPS = {"_embeds", "_pool", "_global_pool"}
 
 
-class _Way(NamedTuple):
-    """How a class runs."""
-
-    forward: Callable[..., Any]
-    says: str
-    lacks: Callable[[Any], str | None] = lambda module: None  # why one of it runs as itself for now
-    method: str = "forward"
-
-
 def swaps(model: nn.Module) -> Iterator[Swap]:
     """See ``accelerate``."""
     masked: set[int] = set()  # blocks of towers that hide padding, or a class token, by a mask
@@ -61,11 +51,11 @@ def swaps(model: nn.Module) -> Iterator[Swap]:
         if kind in _LEFT:
             yield Swap(module, None, _LEFT[kind])
         elif way := _way(module):
-            lacks = _MASKED if id(module) in masked else way.lacks(module)
-            yield Swap(module, way.forward, way.says, lacks, way.method)
+            swap = way.swap(module)
+            yield swap._replace(lacks=_MASKED) if id(module) in masked else swap
 
 
-def _way(module: Any) -> _Way | None:
+def _way(module: Any) -> Way | None:
     kind = type(module)
     if kind is theirs.VisionTransformer and not _reads_one(module):
         return _ALL_STATES
@@ -128,7 +118,7 @@ def parts(module: Any) -> Parts:
     if kind is theirs.QuickGELU:
         act = True
     elif kind is nn.GELU and act.approximate == "none":
-        act = gelu if mlp.c_fc.weight.is_cpu else False
+        act = gelu_after(mlp.c_fc)
     scales = (module.ls_1.gamma, module.ls_2.gamma) if type(module.ls_1) is theirs.LayerScale else None
     return Parts(
         attn.num_heads, Norm.of(module.ln_1), (Linear(attn.in_proj_weight, attn.in_proj_bias),), Linear.of(attn.out_proj),
@@ -275,14 +265,11 @@ def _plain_norm(norm: Any) -> bool:
 
 
 def attention_pool(module: Any, x: Any) -> Any:
-    """The forward of a ResNet's attention pool, x [B, C, h, w] -> [B, D]: one query, keys and values not formed."""
-    q, k, v, c = linears = module.q_proj, module.k_proj, module.v_proj, module.c_proj
+    """The forward of a ResNet's attention pool, x [B, C, h, w] -> [B, D]."""
+    linears = module.q_proj, module.k_proj, module.v_proj, module.c_proj
     if type(x) is not Tensor or x.ndim != 4 or not untouched(*linears) or any(type(m) is not nn.Linear for m in linears):
         return original(module, x)
-    x = x.flatten(2).transpose(1, 2)
-    x = torch.cat([x.mean(1, keepdim=True), x], 1) + module.positional_embedding.to(x.dtype)
-    y = pooling(x, x[:, 0], q.weight, q.bias, k.weight, v.weight, v.bias, module.num_heads)
-    return linear(y + 0 * k.bias, c.weight, c.bias)  # the keys' bias cancels; its gradient, zero, is what DDP waits for
+    return pooled_map(module, x)
 
 
 # ---- the text tower
@@ -398,20 +385,20 @@ def _text_runs_as_itself(module: Any) -> str | None:
 
 _MASKED = "its tower hides padding by a mask, which is not computed"
 _BLOCK = "layer_norm (with the residual), linear, attention, mlp"
-_ROW = _Way(transformer, "its blocks one after the other, the residual left to the next layer_norm")
+_ROW = Way(transformer, "its blocks one after the other, the residual left to the next layer_norm")
 _TEXT = "text without padding, the end token alone in the last block (pooling)"
 _PADDED = "the token that is read alone in the last block (pooling); its padding is seen"
 _IMAGE = "linear, in the place of the convolution"
-_ALL_STATES = _Way(image_tower, f"{_IMAGE}; the states of all tokens are read")
-_WAYS: dict[type, _Way] = {
-    theirs.ResidualAttentionBlock: _Way(residual_block, _BLOCK, block_lacks),
-    theirs.CustomResidualAttentionBlock: _Way(custom_block, _BLOCK, block_lacks),
+_ALL_STATES = Way(image_tower, f"{_IMAGE}; the states of all tokens are read")
+_WAYS: dict[type, Way] = {
+    theirs.ResidualAttentionBlock: Way(residual_block, _BLOCK, block_lacks),
+    theirs.CustomResidualAttentionBlock: Way(custom_block, _BLOCK, block_lacks),
     theirs.Transformer: _ROW,
     theirs.CustomTransformer: _ROW,
-    theirs.VisionTransformer: _Way(image_tower, f"{_IMAGE}; the class token alone in the last block (pooling)"),
-    theirs.TextTransformer: _Way(text_tower, _TEXT, _text_runs_as_itself),
-    CLIP: _Way(encode_text, _TEXT, _text_runs_as_itself, "encode_text"),
-    AttentionPool2d: _Way(attention_pool, "pooling, keys and values not formed"),
+    theirs.VisionTransformer: Way(image_tower, f"{_IMAGE}; the class token alone in the last block (pooling)"),
+    theirs.TextTransformer: Way(text_tower, _TEXT, _text_runs_as_itself),
+    CLIP: Way(encode_text, _TEXT, _text_runs_as_itself, "encode_text"),
+    AttentionPool2d: Way(attention_pool, "pooling, keys and values not formed"),
 }
 _LEFT = {
     theirs.AttentionalPooler: "cross attention of learned queries is not computed",

@@ -6,19 +6,18 @@ works for the class token alone in the last of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
-import torch
 from timm.layers import Attention, AttentionPoolLatent, DropPath, LayerNorm, LayerScale, Mlp, PatchEmbed, activations
 from timm.layers.format import Format
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from clipfast.interop.accelerate import Swap, bare, original
+from clipfast.interop.accelerate import Swap, Way, bare, original
 from clipfast.kernels import pooling
 from clipfast.model.rule import know, untouched
-from clipfast.model.transformer import Layout, Linear, Norm, Parts, Stream, block
+from clipfast.model.transformer import Layout, Linear, Norm, Parts, Stream, block, gelu_after
 from clipfast.model.vit import patches, tiles
 
 # Activations that map each number for itself.
@@ -31,14 +30,6 @@ know(*_ACTIVATIONS, LayerNorm, LayerScale)
 _STEPS = {"forward_features", "forward_head", "pool", "_pos_embed"}
 
 
-class _Way(NamedTuple):
-    """How a class runs."""
-
-    forward: Callable[..., Any]
-    says: str
-    lacks: Callable[[Any], str | None]  # why one of it runs as itself for now
-
-
 def swaps(model: nn.Module) -> Iterator[Swap]:
     """See ``accelerate``."""
     for module in model.modules():
@@ -46,7 +37,7 @@ def swaps(model: nn.Module) -> Iterator[Swap]:
         if type(module) is nn.Sequential and len(module) and all(type(one) is Block for one in module):
             way = _SEQUENCE
         if way is not None:
-            yield Swap(module, way.forward, way.says, way.lacks(module))
+            yield way.swap(module)
         elif isinstance(module, VisionTransformer):
             yield Swap(module, None, "a class of its own, whose blocks are taken one by one")
         if isinstance(blocks := getattr(module, "blocks", None), nn.Sequential | nn.ModuleList):
@@ -121,23 +112,12 @@ def parts(module: Any) -> Parts:
     if kind is activations.QuickGELU:
         act = True
     elif kind is activations.GELU or (kind is nn.GELU and act.approximate == "none"):
-        act = gelu if mlp.fc1.weight.is_cpu else False
+        act = gelu_after(mlp.fc1)
     scales = (module.ls1.gamma, module.ls2.gamma) if type(module.ls1) is LayerScale else None
     return Parts(
         attn.num_heads, Norm.of(module.norm1), (Linear.of(attn.qkv),), Linear.of(attn.proj), Norm.of(module.norm2),
         Linear.of(mlp.fc1), act, Linear.of(mlp.fc2), scales,
     )  # fmt: skip
-
-
-def gelu(x: Tensor) -> Tensor:
-    """The exact GELU of what a linear has just made; where no gradient needs that, in its place.
-
-    On a CPU there is no pass that adds the bias as well: the product with its bias and this take 0.94 of the time of a B/16
-    tower whose bias is added apart, and 0.6 of the memory (measured at batch 16).
-    """
-    if torch.is_grad_enabled() and x.requires_grad:
-        return nn.functional.gelu(x)
-    return torch.ops.aten.gelu_(x)
 
 
 def _asks(args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -254,10 +234,10 @@ def tower(module: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return module.head(module.head_drop(module.fc_norm(module.norm(x))))
 
 
-_SEQUENCE = _Way(sequence, "its blocks one after the other, the residual left to the next layer_norm", lambda module: None)
-_WAYS: dict[type, _Way] = {
-    Block: _Way(transformer_block, "layer_norm (with the residual), linear, attention, mlp", block_lacks),
-    PatchEmbed: _Way(image_embeddings, "linear, in the place of the convolution", embed_lacks),
-    AttentionPoolLatent: _Way(latent_pool, "pooling, keys and values not formed", pool_lacks),
-    VisionTransformer: _Way(tower, "the class token alone in the last block (pooling)", tower_lacks),
+_SEQUENCE = Way(sequence, "its blocks one after the other, the residual left to the next layer_norm")
+_WAYS: dict[type, Way] = {
+    Block: Way(transformer_block, "layer_norm (with the residual), linear, attention, mlp", block_lacks),
+    PatchEmbed: Way(image_embeddings, "linear, in the place of the convolution", embed_lacks),
+    AttentionPoolLatent: Way(latent_pool, "pooling, keys and values not formed", pool_lacks),
+    VisionTransformer: Way(tower, "the class token alone in the last block (pooling)", tower_lacks),
 }

@@ -6,7 +6,7 @@ Blocks are fused wherever they stand; where a model around a tower reads its poo
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -16,7 +16,7 @@ if tuple(int(number) for number in version.split(".")[:2]) < (5, 6):
     raise ImportError(f"expected transformers 5.6 or later, got {version}; convert the model instead (clipfast.convert)")
 
 from clipfast.interop import attention_interface, transformers_blocks, transformers_towers
-from clipfast.interop.accelerate import Swap
+from clipfast.interop.accelerate import Swap, Way
 
 attention_interface.register()
 
@@ -25,14 +25,6 @@ _PREFIXES = {
     "siglip": "Siglip", "siglip2": "Siglip2",
 }  # fmt: skip
 _BLOCK = "layer_norm (with the residual), linear (q, k, v in one), attention, mlp"
-
-
-class _Way(NamedTuple):
-    """How a class runs."""
-
-    forward: Callable[..., Any]
-    says: str
-    lacks: Callable[[Any], str | None] = lambda module: None  # why one of it runs as itself for now
 
 
 def _layer_lacks(layer: Any) -> str | None:
@@ -45,24 +37,24 @@ def _layer_lacks(layer: Any) -> str | None:
     return f"attn_implementation={asked!r} is another attention, or gets a mask; model.set_attn_implementation('sdpa')"
 
 
-_BLOCKS = _Way(transformers_blocks.layer, _BLOCK, _layer_lacks)
-_ENCODERS = _Way(transformers_blocks.encoder, "its blocks one after the other, the residual left to the next layer_norm")
-_PATCHES = _Way(transformers_blocks.image_embeddings, "linear, in the place of the convolution")
-_HEADS = _Way(transformers_blocks.pooling_head, "pooling, keys and values not formed")
-_TEXT = _Way(transformers_towers.pooled_text, "text without padding, the end token alone in the last block (pooling)",
+_BLOCKS = Way(transformers_blocks.layer, _BLOCK, _layer_lacks)
+_ENCODERS = Way(transformers_blocks.encoder, "its blocks one after the other, the residual left to the next layer_norm")
+_PATCHES = Way(transformers_blocks.image_embeddings, "linear, in the place of the convolution")
+_HEADS = Way(transformers_blocks.pooling_head, "pooling, keys and values not formed")
+_TEXT = Way(transformers_towers.pooled_text, "text without padding, the end token alone in the last block (pooling)",
              transformers_towers.lacks_packed)  # fmt: skip
-_LAST = _Way(transformers_towers.pooled_last, "the last token alone in the last block (pooling)")
-_IMAGE = _Way(transformers_towers.pooled_image, "the class token alone in the last block (pooling)")
+_LAST = Way(transformers_towers.pooled_last, "the last token alone in the last block (pooling)")
+_IMAGE = Way(transformers_towers.pooled_image, "the class token alone in the last block (pooling)")
 _PROJECTED = "as the tower in it, whose last_hidden_state is computed when it is read"
-_TEXT_EMBEDS = _Way(transformers_towers.text_with_projection, _PROJECTED)
-_IMAGE_EMBEDS = _Way(transformers_towers.image_with_projection, _PROJECTED)
+_TEXT_EMBEDS = Way(transformers_towers.text_with_projection, _PROJECTED)
+_IMAGE_EMBEDS = Way(transformers_towers.image_with_projection, _PROJECTED)
 
 
 class _Package(NamedTuple):
     """One of transformers.models."""
 
-    anywhere: dict[type, _Way]  # of a class wherever it stands
-    towers: dict[type, _Way]  # of a tower in a model that reads its pooled features
+    anywhere: dict[type, Way]  # of a class wherever it stands
+    towers: dict[type, Way]  # of a tower in a model that reads its pooled features
     readers: set[type]  # such models
 
 
@@ -82,7 +74,7 @@ def swaps(model: nn.Module) -> Iterator[Swap]:
         way = package.towers.get(type(module)) if id(module) in read else None
         way = way or package.anywhere.get(type(module))
         if way is not None:
-            yield Swap(module, way.forward, way.says, way.lacks(module))
+            yield way.swap(module)
 
 
 def _unknown_towers(reader: nn.Module) -> Iterator[Swap]:
@@ -111,7 +103,7 @@ def _read(classes: dict[str, Any], prefix: str) -> _Package:
     siglip = prefix.startswith("Siglip")
     inner = f"{prefix}Vision" if prefix == "ChineseCLIP" else prefix
 
-    def of(**ways: _Way) -> dict[type, _Way]:
+    def of(**ways: Way) -> dict[type, Way]:
         return {classes[name]: way for name, way in ways.items() if name in classes}
 
     layer = f"{inner}Layer" if inner != prefix else f"{prefix}EncoderLayer"

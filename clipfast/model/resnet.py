@@ -110,6 +110,20 @@ class Bottleneck(nn.Module):
         return _unit(conv, bn, None, pool(x))
 
 
+def map_tokens(pool: Any, x: Tensor) -> Tensor:
+    """See ``AttentionPool2d.tokens``; pool: ours, or another library's with the same attributes."""
+    x = x.flatten(2).transpose(1, 2)
+    return torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + pool.positional_embedding.to(x.dtype)
+
+
+def pooled_map(pool: Any, x: Tensor) -> Tensor:
+    """x [B, C, h, w] -> [B, D], of a pool whose projections are untouched: one query, keys and values not formed."""
+    x, (q, k, v, c) = map_tokens(pool, x), (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj)
+    y = pooling(x, x[:, 0], q.weight, q.bias, k.weight, v.weight, v.bias, pool.num_heads)
+    # The keys' bias cancels in the softmax; it still gets its gradient, zero, since DDP waits for every parameter's.
+    return linear(y + 0 * k.bias, c.weight, c.bias)
+
+
 class AttentionPool2d(nn.Module):
     """One layer of multi-head attention whose query is the mean of the feature map (paper, section 2.4)."""
 
@@ -125,17 +139,14 @@ class AttentionPool2d(nn.Module):
 
     def tokens(self, x: Tensor) -> Tensor:
         """x [B, C, h, w] -> [B, 1 + hw, C]: the mean and every place, with positions."""
-        x = x.flatten(2).transpose(1, 2)
-        return torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding.to(x.dtype)
+        return map_tokens(self, x)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, h, w] -> [B, D]."""
-        x, (q, k, v, c) = self.tokens(x), (self.q_proj, self.k_proj, self.v_proj, self.c_proj)
+        q, k, v, c = self.q_proj, self.k_proj, self.v_proj, self.c_proj
         if untouched(q, k, v, c):
-            y = pooling(x, x[:, 0], q.weight, q.bias, k.weight, v.weight, v.bias, self.num_heads)
-            # The keys' bias cancels in the softmax; it still gets its gradient, zero, since DDP waits for every parameter's.
-            return linear(y + 0 * k.bias, c.weight, c.bias)
-        x = x.transpose(0, 1)  # as OpenAI's, which reads the projections' weights and calls none
+            return pooled_map(self, x)
+        x = self.tokens(x).transpose(0, 1)  # as OpenAI's, which reads the projections' weights and calls none
         y, _ = F.multi_head_attention_forward(
             x[:1], x, x, x.shape[-1], self.num_heads, None, torch.cat([q.bias, k.bias, v.bias]), None, None, False, 0.0,
             c.weight, c.bias, self.training, need_weights=False, use_separate_proj_weight=True,

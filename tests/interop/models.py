@@ -1,12 +1,18 @@
-"""Tiny models of transformers, what goes into them, and how two outputs are compared."""
+"""Tiny models of transformers, what goes into them, how outputs are compared, and what every library's tests do to models."""
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+
+from clipfast.interop import restore
 
 L, R = 12, 32
 TEXT = dict(
@@ -98,3 +104,39 @@ def compare_gradients(model: nn.Module, before: nn.Module) -> None:
         assert (parameter.grad is None) == (other.grad is None), key
         if other.grad is not None:  # of a key's bias it is zero
             assert (parameter.grad - other.grad).norm() <= 1e-9 * (1e-3 + other.grad.norm()), key
+
+
+class Doubled(nn.Module):
+    """What somebody puts in the place of a module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:  # attention reads its projection's weights
+        return getattr(super().__getattr__("inner"), name) if name in ("weight", "bias") else super().__getattr__(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.inner(x)
+
+
+@contextmanager
+def doubled(name: str, *models: nn.Module) -> Iterator[None]:
+    """The modules of that name are replaced, for a while."""
+    kept = [model.get_submodule(name) for model in models]
+    for model, one in zip(models, kept, strict=True):
+        model.set_submodule(name, Doubled(one))
+    yield
+    for model, one in zip(models, kept, strict=True):
+        model.set_submodule(name, one)
+
+
+def changed_copies(model: Any) -> Iterator[tuple[Any, Any]]:
+    """A copy of an accelerated model and one that was pickled, each with other weights and beside its twin, restored."""
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(1.1)
+        twin = copy.deepcopy(other)
+        restore(twin)
+        yield other, twin

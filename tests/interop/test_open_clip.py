@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import pickle
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -15,12 +14,12 @@ import torch
 import transformers
 from open_clip.factory import _MODEL_CONFIGS
 from open_clip.transformer import CustomTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from clipfast.interop import accelerate, restore
 from clipfast.interop import open_clip as swapped
 from clipfast.interop.accelerate import Report
-from tests.interop.models import L, R, compare, compare_gradients, images, tensors_of, texts
+from tests.interop.models import L, R, changed_copies, compare, compare_gradients, doubled, images, tensors_of, texts
 
 VISION = dict(image_size=R, patch_size=8, layers=2, width=32, head_width=16)
 TEXT = dict(context_length=L, vocab_size=60, width=32, heads=2, layers=2)
@@ -212,18 +211,6 @@ def hooked(of: nn.Module, name: str) -> tuple[Any, list]:
     return out, shapes
 
 
-class Doubled(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def __getattr__(self, name: str) -> Any:  # attention reads its projection's weights
-        return getattr(super().__getattr__("inner"), name) if name in ("weight", "bias") else super().__getattr__(name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * self.inner(x)
-
-
 @pytest.mark.parametrize(
     ("name", "vision", "text"),
     [
@@ -244,13 +231,8 @@ def test_hooks_and_replaced_parts_run_as_themselves(name: str, vision: dict, tex
     leaves += [m for m, _ in before.named_modules() if m.endswith((".gelu", ".ls_1", ".ls_2"))]
     assert len(leaves) > 30
     for leaf in leaves:
-        kept = [of.get_submodule(leaf) for of in (model, before)]
-        for of, one in zip((model, before), kept, strict=True):
-            of.set_submodule(leaf, Doubled(one))
-        with torch.no_grad():
+        with doubled(leaf, model, before), torch.no_grad():
             compare(called(model), called(before))
-        for of, one in zip((model, before), kept, strict=True):
-            of.set_submodule(leaf, one)
     compare(called(model), called(before))
 
 
@@ -258,12 +240,7 @@ def test_moved_cast_loaded_copied_pickled_and_twice() -> None:
     model = model_of(double=False, cast_dtype=torch.bfloat16)  # whose norms sum in fp32
     accelerate(model)
     assert len(accelerate(model).accelerated) == 8
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with torch.no_grad():
-            for parameter in other.parameters():
-                parameter.mul_(1.1)
-        twin = copy.deepcopy(other)
-        restore(twin)
+    for other, twin in changed_copies(model):
         assert other.encode_text._module() is other and "encode_text" not in vars(twin)
         compare(called(other), called(twin), 1e-5)
         model.load_state_dict(other.state_dict())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +11,11 @@ import timm
 import torch
 from timm.layers import Attention, AttentionPoolLatent, LayerScale, Mlp
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from clipfast.interop import accelerate, restore
 from clipfast.interop import timm as swapped
-from tests.interop.models import compare, compare_gradients, images, tensors_of
+from tests.interop.models import changed_copies, compare, compare_gradients, doubled, images, tensors_of
 
 SIZES = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, mlp_ratio=3, num_classes=5)
 
@@ -202,15 +201,6 @@ def test_hooks_see_what_they_saw() -> None:
     compare(model(images()), before(images()))
 
 
-class Doubled(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * self.inner(x)
-
-
 def test_replaced_parts_run_as_themselves() -> None:
     model = model_of(init_values=0.1)
     before = copy.deepcopy(model)
@@ -218,13 +208,8 @@ def test_replaced_parts_run_as_themselves() -> None:
     leaves = [name for name, m in before.named_modules() if name and not list(m.children())]
     assert len(leaves) == 47
     for name in leaves:
-        kept = [of.get_submodule(name) for of in (model, before)]
-        for of, one in zip((model, before), kept, strict=True):
-            of.set_submodule(name, Doubled(one))
-        with torch.no_grad():
+        with doubled(name, model, before), torch.no_grad():
             compare(model(images()), before(images()))
-        for of, one in zip((model, before), kept, strict=True):
-            of.set_submodule(name, one)
 
 
 def test_peft_lora(monkeypatch) -> None:
@@ -250,12 +235,7 @@ def test_moved_cast_copied_pickled_and_twice() -> None:
     model = model_of(double=False)
     accelerate(model)
     assert len(accelerate(model).accelerated) == 5
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with torch.no_grad():
-            for parameter in other.parameters():
-                parameter.mul_(1.1)
-        twin = copy.deepcopy(other)
-        restore(twin)
+    for other, twin in changed_copies(model):
         assert other.forward._module() is other and "forward" not in twin.__dict__
         model.load_state_dict(other.state_dict())
         compare((model(images(torch.float)), other(images(torch.float))), (twin(images(torch.float)),) * 2, 1e-5)

@@ -13,7 +13,19 @@ from torch import Tensor, nn
 
 from clipfast.interop import accelerate, restore
 from clipfast.interop.deferred import Later
-from tests.interop.models import BERT, L, compare, compare_gradients, images, inputs_of, model_of, tensors_of, texts
+from tests.interop.models import (
+    BERT,
+    L,
+    changed_copies,
+    compare,
+    compare_gradients,
+    doubled,
+    images,
+    inputs_of,
+    model_of,
+    tensors_of,
+    texts,
+)
 
 KINDS = [
     "CLIPModel", "CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModel", "CLIPVisionModelWithProjection",
@@ -154,12 +166,7 @@ def test_moved_cast_loaded_copied_pickled_and_twice() -> None:
     accelerate(model)
     report = accelerate(model)
     assert len(report.accelerated) == 9
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with torch.no_grad():
-            for parameter in other.parameters():
-                parameter.mul_(1.1)
-        twin = copy.deepcopy(other)
-        restore(twin)
+    for other, twin in changed_copies(model):
         assert other.text_model.forward._module() is other.text_model
         compare(other(ids, images(torch.float)), twin(ids, images(torch.float)), 1e-5)
         assert not any("forward" in m.__dict__ for m in twin.modules()) and "forward" in other.text_model.__dict__
@@ -213,21 +220,9 @@ def test_hooks_and_replaced_layers_run_as_themselves() -> None:
                 compare(got, other)
     compare(model(ids, images(), mask), before(ids, images(), mask))
 
-    class Doubled(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * self.inner(x)
-
     for name in [name for name, m in before.named_modules() if isinstance(m, nn.Linear | nn.LayerNorm)]:
-        kept = [of.get_submodule(name) for of in (model, before)]
-        for of, one in zip((model, before), kept, strict=True):
-            of.set_submodule(name, Doubled(one))
-        compare(model(ids, images(), mask), before(ids, images(), mask))
-        for of, one in zip((model, before), kept, strict=True):
-            of.set_submodule(name, one)
+        with doubled(name, model, before):
+            compare(model(ids, images(), mask), before(ids, images(), mask))
 
 
 def test_peft_lora() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,10 @@ class _Twin(nn.Module):
         for name in names:
             value = getattr(original, name)
             setattr(self, name, twin(value) if isinstance(value, nn.Module) else value)
+
+    if TYPE_CHECKING:  # what ``names`` named
+
+        def __getattr__(self, name: str) -> Any: ...
 
 
 class LayerNorm(_Twin):

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 def twin(module: nn.Module) -> nn.Module:
     """A module for TorchScript to take, which replaces submodules in place: its containers are copies, its weights are not."""
-    if hasattr(module, "__prepare_scriptable__"):
-        return module.__prepare_scriptable__()
+    prepared: Any = getattr(module, "__prepare_scriptable__", None)
+    if prepared is not None:
+        return prepared()
     other = copy.copy(module)
     other._modules = {name: None if child is None else twin(child) for name, child in module._modules.items()}
     return other

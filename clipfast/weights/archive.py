@@ -56,10 +56,6 @@ class Object:
         made.attributes = {}
         return made
 
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.attributes = state
-
 
 class Archive:
     """`with Archive(path) as archive`: the tree that the index describes, tensors as `Stored`.
@@ -194,6 +190,16 @@ class _Index(pickle._Unpickler):  # type: ignore[name-defined]
     def __init__(self, archive: Archive, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self.archive = archive
+
+    def load_build(self) -> None:
+        """An object takes its state; an ordered dict does without its attributes; nothing else is changed."""
+        state, made = self.stack.pop(), self.stack[-1]  # type: ignore[attr-defined]
+        if isinstance(made, Object):
+            made.attributes = state if isinstance(state, dict) else {}
+        elif not isinstance(made, collections.OrderedDict):
+            raise pickle.UnpicklingError(f"it gives attributes to a {type(made).__name__}")
+
+    dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]
 
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] == "__torch__" or (module.split(".")[0], name) in _NUMBERS:

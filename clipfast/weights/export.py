@@ -7,6 +7,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -16,18 +17,20 @@ import torch
 from torch import Tensor
 
 from clipfast.files import replacing
-from clipfast.inputs.image import MEAN, STD
+from clipfast.inputs.image import Preprocess
+from clipfast.inputs.processors import FILTERS
 from clipfast.inputs.tokenizer import END, START, SimpleTokenizer
 from clipfast.model import CLIP
 from clipfast.weights.load import beyond_shapes
 from clipfast.weights.transformers import NAMES
 
 
-def export(model: CLIP, out: str | Path, layout: str = "safetensors") -> Path:
+def export(model: CLIP, out: str | Path, layout: str = "safetensors", preprocess: Preprocess | None = None) -> Path:
     """Write `model` so that another library loads it with equal features; -> the file or folder.
 
     layout: "openai", a TorchScript archive for `clip.load`; "open_clip", a folder for `open_clip.create_model("local-dir:…")`;
         "transformers", a folder for `CLIPModel`, `CLIPProcessor` and their kin; "safetensors", one file for `clipfast.load`.
+    preprocess: what `load` gave beside the model; None: OpenAI's. The folders tell it.
 
     Raises ValueError where that library has no such model, FileExistsError where `out` exists.
     """
@@ -40,11 +43,12 @@ def export(model: CLIP, out: str | Path, layout: str = "safetensors") -> Path:
         raise ValueError(f"{layout} gets both towers, and this model has one tower alone: export to safetensors")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    write = LAYOUTS[layout]
+    write, side = LAYOUTS[layout], getattr(model.visual, "input_resolution", 0)
     if layout in ("open_clip", "transformers"):
         aside = Path(mkdtemp(prefix=f".{target.name}.", dir=target.parent))  # whole or not at all
         try:
             write(model, state, aside)
+            (_open_clip_pixels if layout == "open_clip" else _transformers_pixels)(preprocess or Preprocess(side), aside)
             aside.chmod(0o755)
             aside.replace(target)
         except BaseException:
@@ -106,9 +110,35 @@ def _open_clip(model: CLIP, state: dict[str, Tensor], folder: Path) -> None:
         sizes["custom_text"] = True  # open_clip's other class knows the mask's absence only from its text tower
     if model.logit_bias is not None:
         sizes["init_logit_bias"] = 0.0
-    preprocess = {"mean": list(MEAN), "std": list(STD), "interpolation": "bicubic", "resize_mode": "shortest"}
-    _write_json(folder / "open_clip_config.json", {"model_cfg": sizes, "preprocess_cfg": preprocess})
+    _write_json(folder / "open_clip_config.json", {"model_cfg": sizes})
     safetensors.torch.save_file(state, folder / "open_clip_model.safetensors", {"format": "pt"})
+
+
+def _open_clip_pixels(preprocess: Preprocess, folder: Path) -> None:
+    told: dict[str, Any] = {"size": list(preprocess.size), "mean": list(preprocess.mean), "std": list(preprocess.std)}
+    told |= {"interpolation": preprocess.interpolation, "resize_mode": preprocess.resize}
+    told |= {"fill_color": preprocess.fill} if preprocess.fill else {}
+    config = json.loads((folder / "open_clip_config.json").read_text()) | {"preprocess_cfg": told}
+    _write_json(folder / "open_clip_config.json", config)
+    _same(preprocess, Preprocess.from_open_clip(told), "open_clip", "rgb_first", "round_down")
+
+
+def _transformers_pixels(preprocess: Preprocess, folder: Path) -> None:
+    height, width = preprocess.size
+    size = {"shortest_edge": height} if preprocess.resize == "shortest" else {"height": height, "width": width}
+    told = {"do_resize": True, "size": size, "resample": FILTERS.index(preprocess.interpolation), "do_center_crop": True}
+    told |= {"crop_size": {"height": height, "width": width}, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
+    told |= {"image_mean": list(preprocess.mean), "image_std": list(preprocess.std)}
+    told |= {"image_processor_type": "CLIPImageProcessor"}
+    _write_json(folder / "preprocessor_config.json", told)
+    _same(preprocess, Preprocess.from_transformers(told), "transformers", "rgb_first", "round_down")
+
+
+def _same(given: Preprocess, told: Preprocess, library: str, *but: str) -> None:
+    """ValueError where the fields written say another transform, `but` for how that library converts and rounds."""
+    rest = dict.fromkeys(but, False)
+    if replace(given, **rest) != replace(told, **rest):
+        raise ValueError(f"{library} has no transform {given!r}: the nearest is {told!r}; export to safetensors")
 
 
 def _open_clip_fields(tower: str, width: int, quick_gelu: bool, options: dict[str, Any]) -> dict[str, Any]:
@@ -154,11 +184,6 @@ def _transformers(model: CLIP, state: dict[str, Tensor], folder: Path) -> None:
     config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": visual.output_dim}
     _write_json(folder / "config.json", config | {"text_config": text, "vision_config": vision})
     safetensors.torch.save_file(_rename(state), folder / "model.safetensors", {"format": "pt"})
-    side = told["image_resolution"]
-    pixels = {"do_resize": True, "size": {"shortest_edge": side}, "resample": 3, "do_center_crop": True}
-    pixels |= {"crop_size": {"height": side, "width": side}, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
-    pixels |= {"image_mean": list(MEAN), "image_std": list(STD), "image_processor_type": "CLIPImageProcessor"}
-    _write_json(folder / "preprocessor_config.json", pixels)
     tokenizer = SimpleTokenizer()
     if model.vocab_size == len(tokenizer.encoder):  # another vocabulary has a tokenizer that we do not know
         _write_json(folder / "vocab.json", tokenizer.encoder)

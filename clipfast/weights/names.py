@@ -31,6 +31,12 @@ def require(where: str, field: str, got: Any, *supported: Any, instead: str = ""
         raise ValueError(f"{where}: {field} = {got!r} is not supported: expected {' or '.join(map(repr, supported))}{instead}")
 
 
+def number(where: str, field: str, got: Any) -> float:
+    if not isinstance(got, int | float) or not abs(got) < 1e6:
+        raise ValueError(f"{where}: {field} = {str(got)[:60]!r}: expected a number")
+    return float(got)
+
+
 def merged(sizes: Sizes, *others: Mapping[str, Any]) -> Sizes:
     """The later say wins, field by field of `vision` and `text` too."""
     out = dict(sizes)

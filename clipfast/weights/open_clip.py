@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from clipfast.weights import names
-from clipfast.weights.names import Sizes, State, from_state, merged, settled
+from clipfast.weights.names import Sizes, State, from_state, merged, number, settled
 
 require = partial(names.require, instead=names.ELSEWHERE)
 
@@ -54,10 +54,11 @@ def from_open_clip(where: str, config: dict[str, Any], read: Callable[[], State]
     vit = isinstance(vision["layers"], int)
     if vit:
         options["vision"] |= {"pool": "average" if vision["pool_type"] == "avg" else "token", "ln_pre": not vision["no_ln_pre"]}
-        options["vision"]["mlp_width"] = int(sizes["vision_width"] * vision["mlp_ratio"])
+        options["vision"]["mlp_width"] = int(sizes["vision_width"] * number(where, "vision_cfg.mlp_ratio", vision["mlp_ratio"]))
     else:
         options["vision"] = {}
-    options["text"] |= _end_options(text) | {"mlp_width": int(sizes["transformer_width"] * text["mlp_ratio"])}
+    ratio = number(where, "text_cfg.mlp_ratio", text["mlp_ratio"])
+    options["text"] |= _end_options(text) | {"mlp_width": int(sizes["transformer_width"] * ratio)}
     return settled(merged(sizes, options)) | {
         "image_resolution": side,
         "vision_layers": vision["layers"] if vit else tuple(vision["layers"]),
@@ -79,7 +80,7 @@ def _options(where: str, section: str, cfg: dict[str, Any]) -> Sizes:
         options["activation"] = "gelu_tanh"
     if norm:
         require(where, f"{section}.norm_kwargs", list(norm), ["eps"])
-        options["eps"] = float(norm["eps"])
+        options["eps"] = number(where, f"{section}.norm_kwargs.eps", norm["eps"])
     return options
 
 

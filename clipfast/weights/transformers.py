@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clipfast.weights import names
-from clipfast.weights.names import TOWERS, Sizes, State, from_state, merged, settled
+from clipfast.weights.names import TOWERS, Sizes, State, from_state, merged, number, settled
 
 require = partial(names.require, instead=names.ELSEWHERE)
 
@@ -95,8 +95,8 @@ def _section(where: str, section: str, fields: dict[str, Any]) -> Sizes:
     options = {
         "activation": ACTIVATIONS[fields["hidden_act"]],
         "mlp_width": fields["intermediate_size"],
-        "eps": float(fields["layer_norm_eps"]),
-        "dropout": float(fields["attention_dropout"] or 0.0),
+        "eps": number(where, f"{section}.layer_norm_eps", fields["layer_norm_eps"]),
+        "dropout": number(where, f"{section}.attention_dropout", fields["attention_dropout"] or 0.0),
     }
     heads, layers = fields["num_attention_heads"], fields["num_hidden_layers"]
     if section == "vision_config":

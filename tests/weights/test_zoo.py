@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,15 @@ def test_the_checkpoint_says_how_images_are_made(tmp_path: Path) -> None:
     config["preprocess_cfg"] |= {"mean": [0.5] * 3, "std": [0.5] * 3}  # as LAION's ViT-L/14
     preprocess = load(save_open_clip_folder(tmp_path / "x", make_open_clip(), config), "cpu")[1]
     assert (preprocess.mean, preprocess.std, preprocess.resolution) == ((0.5,) * 3, (0.5,) * 3, 48)
+    for layout in ("open_clip", "transformers"):
+        path = export(convert(make_open_clip()), tmp_path / layout, layout, preprocess)
+        again = load(path, "cpu")[1]
+        assert (again.mean, again.std, again.resolution) == (preprocess.mean, preprocess.std, 48)
+    foreign = replace(preprocess, resize="longest")
+    refused(
+        lambda: export(convert(make_open_clip()), tmp_path / "no", "transformers", foreign), "transformers has no transform"
+    )
+    assert not (tmp_path / "no").exists()
     make_transformers().save_pretrained(tmp_path / "y")
     told = {"image_processor": {"image_std": [1, 1, 1], "image_mean": [0, 0, 0], "resample": 2}}
     (tmp_path / "y" / "processor_config.json").write_text(json.dumps(told))

@@ -120,7 +120,7 @@ def _open_clip_pixels(preprocess: Preprocess, folder: Path) -> None:
     told |= {"fill_color": preprocess.fill} if preprocess.fill else {}
     config = json.loads((folder / "open_clip_config.json").read_text()) | {"preprocess_cfg": told}
     _write_json(folder / "open_clip_config.json", config)
-    _same(preprocess, Preprocess.from_open_clip(told), "open_clip", "rgb_first", "round_down")
+    _same(preprocess, Preprocess.from_open_clip(told), "open_clip")
 
 
 def _transformers_pixels(preprocess: Preprocess, folder: Path) -> None:
@@ -131,13 +131,12 @@ def _transformers_pixels(preprocess: Preprocess, folder: Path) -> None:
     told |= {"image_mean": list(preprocess.mean), "image_std": list(preprocess.std)}
     told |= {"image_processor_type": "CLIPImageProcessor"}
     _write_json(folder / "preprocessor_config.json", told)
-    _same(preprocess, Preprocess.from_transformers(told), "transformers", "rgb_first", "round_down")
+    _same(preprocess, Preprocess.from_transformers(told), "transformers")
 
 
-def _same(given: Preprocess, told: Preprocess, library: str, *but: str) -> None:
-    """ValueError where the fields written say another transform, `but` for how that library converts and rounds."""
-    rest = dict.fromkeys(but, False)
-    if replace(given, **rest) != replace(told, **rest):
+def _same(given: Preprocess, told: Preprocess, library: str) -> None:
+    """ValueError where the fields written say another transform, but for how that library converts to RGB and rounds."""
+    if replace(given, rgb_first=False, round_down=False) != replace(told, rgb_first=False, round_down=False):
         raise ValueError(f"{library} has no transform {given!r}: the nearest is {told!r}; export to safetensors")
 
 

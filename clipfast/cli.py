@@ -112,8 +112,7 @@ def _validate(data: DataConfig, options: Validation) -> Callable[[CLIP, Job], di
     measure = _measure(options.val_task, options.val_classes, options.val_templates)
 
     def validate(model: CLIP, job: Job) -> dict[str, float]:
-        preprocess = Preprocess(model.visual.input_resolution)
-        return measure(model, preprocess, source, job=job, threads=data.workers, tally=Tally(data.max_bad))
+        return measure(model, model.visual.preprocess, source, job=job, threads=data.workers, tally=Tally(data.max_bad))
 
     return validate
 

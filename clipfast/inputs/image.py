@@ -292,9 +292,14 @@ class Preprocess:
         mean, std = self._mean_std
         return ToTensor()(as_rgb(image)).sub_(mean).div_(std)
 
-    def __repr__(self) -> str:
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The fields beside the resolution that are not OpenAI's."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.default is not MISSING}
-        told = [f"{name}={value!r}" for name, value in given.items() if value != getattr(Preprocess, name)]
+        return {name: value for name, value in given.items() if value != getattr(Preprocess, name)}
+
+    def __repr__(self) -> str:
+        told = [f"{name}={value!r}" for name, value in self.changed.items()]
         return f"Preprocess({', '.join([repr(self.resolution), *told])})"
 
 

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipfast.inputs.image import Preprocess
 from clipfast.kernels import batch_norm, convolution, linear, pooling
 from clipfast.model import scripted
+from clipfast.model.pixels import Pixels
 from clipfast.model.rule import untouched
 
 
@@ -155,7 +157,7 @@ class AttentionPool2d(nn.Module):
         return y.squeeze(0)
 
 
-class ModifiedResNet(nn.Module):
+class ModifiedResNet(Pixels, nn.Module):
     """ResNet with a three-convolution stem, antialiased strides and attention pooling (paper, section 2.4)."""
 
     layer1: nn.Module
@@ -174,6 +176,7 @@ class ModifiedResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.input_resolution, self.output_dim = input_resolution, output_dim
+        self.preprocess = Preprocess(input_resolution)
         self.frozen_statistics = False  # whether batch norms stay in eval mode
         half = width // 2
         self.conv1, self.bn1 = nn.Conv2d(channels, half, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(half)

@@ -227,8 +227,8 @@ class ResidualAttentionBlock(nn.Module):
     @attn_mask.setter
     def attn_mask(self, mask: Tensor | None) -> None:
         # Compared here, once: a comparison in the forward pass would wait for a GPU.
-        self._mask, self._version = mask, 0 if mask is None else mask._version
-        self.causal = mask is not None and mask.ndim == 2 and mask.equal(causal_mask(len(mask)).to(mask))
+        self._mask, self._version = mask, 0 if mask is None or mask.is_inference() else mask._version
+        self.causal = mask is not None and is_causal(mask)
 
     def __prepare_scriptable__(self) -> nn.Module:
         return scripted.Block(self)
@@ -264,7 +264,17 @@ class ResidualAttentionBlock(nn.Module):
 
 def causal_mask(length: int) -> Tensor:
     """[L, L] on the CPU, to be added to scores: −inf where key j comes after query i."""
-    return torch.full((length, length), -torch.inf, device="cpu").triu_(1)
+    with torch.inference_mode(False):  # a tensor that counts its changes, wherever a model is built
+        return torch.full((length, length), -torch.inf, device="cpu").triu_(1)
+
+
+def is_causal(mask: Tensor) -> bool:
+    return mask.ndim == 2 and mask.equal(causal_mask(len(mask)).to(mask))
+
+
+def _changed(mask: Tensor, version: int) -> bool:
+    """Whether a causal mask is one no more; that of a copy made under inference_mode counts no changes, and is compared."""
+    return not is_causal(mask) if mask.is_inference() else mask._version != version
 
 
 def whole_inside(block: Any) -> bool:
@@ -275,7 +285,7 @@ def whole_inside(block: Any) -> bool:
     mask, modules = own["_mask"], own["_modules"]
     if "attention" in own or (mask is not None and not block.causal):
         return False
-    if mask is not None and not torch.compiler.is_compiling() and mask._version != own["_version"]:
+    if mask is not None and not torch.compiler.is_compiling() and _changed(mask, own["_version"]):
         return False
     attn, mlp = modules["attn"], modules["mlp"]
     if (

@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipfast.inputs.image import Preprocess
 from clipfast.kernels import linear
 from clipfast.model import scripted
+from clipfast.model.pixels import Pixels
 from clipfast.model.rule import untouched, whole
 from clipfast.model.transformer import LayerNorm, Layout, Stream, Transformer, projected
 
 POOLS = ("token", "average")
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Pixels, nn.Module):
     """ViT with one more layer norm before the transformer (paper, section 2.4).
 
     Args:
@@ -36,6 +38,7 @@ class VisionTransformer(nn.Module):
         if pool not in POOLS:
             raise ValueError(f"expected a pool of {', '.join(POOLS)}, got {pool!r}")
         self.input_resolution, self.output_dim, self.pool = input_resolution, output_dim, pool
+        self.preprocess = Preprocess(input_resolution)
         self.patch_dropout = 0.0  # share of the patches that are left out in training (Li et al. 2023)
         self.conv1 = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size, bias=False)
         scale, eps = width**-0.5, options.get("eps", 1e-5)

@@ -72,7 +72,9 @@ class Towers(nn.Module):
         super().__init__()
         self.model, self.dtype = model, dtype
         device = model.logit_scale.device
-        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
+        told = getattr(getattr(model, "visual", None), "preprocess", None)  # somebody's own tower says nothing: OpenAI's
+        numbers = (MEAN, STD) if told is None else (told.mean, told.std)
+        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in numbers)
 
     def forward(self, pixels: Tensor, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Image and text features [B, D] each, not normalised."""

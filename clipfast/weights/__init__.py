@@ -10,8 +10,9 @@ from clipfast.weights.load import (
     from_tensors,
     load,
 )  # fmt: skip
+from clipfast.weights.tokenizer import get_tokenizer
 
 __all__ = [
     "LAYOUTS", "available_models", "beyond_shapes", "build_model", "convert", "convert_weights", "export", "from_tensors",
-    "load",
+    "get_tokenizer", "load",
 ]  # fmt: skip

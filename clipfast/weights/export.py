@@ -25,12 +25,12 @@ from clipfast.weights.load import beyond_shapes
 from clipfast.weights.transformers import NAMES
 
 
-def export(model: CLIP, out: str | Path, layout: str = "safetensors", preprocess: Preprocess | None = None) -> Path:
+def export(model: CLIP, out: str | Path, layout: str = "safetensors") -> Path:
     """Write `model` so that another library loads it with equal features; -> the file or folder.
 
     layout: "openai", a TorchScript archive for `clip.load`; "open_clip", a folder for `open_clip.create_model("local-dir:…")`;
         "transformers", a folder for `CLIPModel`, `CLIPProcessor` and their kin; "safetensors", one file for `clipfast.load`.
-    preprocess: what `load` gave beside the model; None: OpenAI's. The folders tell it.
+    How images are made, `model.visual.preprocess`, is told by all but OpenAI's; of that a warning tells what it was.
 
     Raises ValueError where that library has no such model, FileExistsError where `out` exists.
     """
@@ -43,12 +43,12 @@ def export(model: CLIP, out: str | Path, layout: str = "safetensors", preprocess
         raise ValueError(f"{layout} gets both towers, and this model has one tower alone: export to safetensors")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    write, side = LAYOUTS[layout], getattr(model.visual, "input_resolution", 0)
+    write = LAYOUTS[layout]
     if layout in ("open_clip", "transformers"):
         aside = Path(mkdtemp(prefix=f".{target.name}.", dir=target.parent))  # whole or not at all
         try:
             write(model, state, aside)
-            (_open_clip_pixels if layout == "open_clip" else _transformers_pixels)(preprocess or Preprocess(side), aside)
+            (_open_clip_pixels if layout == "open_clip" else _transformers_pixels)(model.visual.preprocess, aside)
             aside.chmod(0o755)
             aside.replace(target)
         except BaseException:
@@ -67,6 +67,8 @@ def _openai(model: CLIP, state: dict[str, Tensor], path: Path) -> None:
     theirs |= {name: {} for name in ("vision", "text") if name in told}
     if differ := {name: told[name] for name, value in theirs.items() if told[name] != value}:
         raise ValueError(f"OpenAI's clip has no such model: {differ}, where it has {theirs}; export to open_clip")
+    if not _alike(model.visual.preprocess, Preprocess(model.visual.input_resolution)):
+        warnings.warn(f"its images are made by {model.visual.preprocess!r}, and OpenAI's clip.load gives its own", stacklevel=3)
     marks = {
         "input_resolution": told["image_resolution"],
         "context_length": model.context_length,
@@ -117,15 +119,19 @@ def _open_clip(model: CLIP, state: dict[str, Tensor], folder: Path) -> None:
 def _open_clip_pixels(preprocess: Preprocess, folder: Path) -> None:
     told: dict[str, Any] = {"size": list(preprocess.size), "mean": list(preprocess.mean), "std": list(preprocess.std)}
     told |= {"interpolation": preprocess.interpolation, "resize_mode": preprocess.resize}
-    told |= {"fill_color": preprocess.fill} if preprocess.fill else {}
+    told |= {"fill_color": preprocess.fill} if preprocess.resize == "longest" else {}
     config = json.loads((folder / "open_clip_config.json").read_text()) | {"preprocess_cfg": told}
     _write_json(folder / "open_clip_config.json", config)
     _same(preprocess, Preprocess.from_open_clip(told), "open_clip")
 
 
 def _transformers_pixels(preprocess: Preprocess, folder: Path) -> None:
-    height, width = preprocess.size
-    size = {"shortest_edge": height} if preprocess.resize == "shortest" else {"height": height, "width": width}
+    (height, width), resized = preprocess.size, preprocess.resized
+    size = (
+        {"shortest_edge": resized[0]}
+        if preprocess.resize == "shortest"
+        else dict(zip(("height", "width"), resized, strict=True))
+    )
     told = {"do_resize": True, "size": size, "resample": FILTERS.index(preprocess.interpolation), "do_center_crop": True}
     told |= {"crop_size": {"height": height, "width": width}, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
     told |= {"image_mean": list(preprocess.mean), "image_std": list(preprocess.std)}
@@ -135,9 +141,13 @@ def _transformers_pixels(preprocess: Preprocess, folder: Path) -> None:
 
 
 def _same(given: Preprocess, told: Preprocess, library: str) -> None:
-    """ValueError where the fields written say another transform, but for how that library converts to RGB and rounds."""
-    if replace(given, rgb_first=False, round_down=False) != replace(told, rgb_first=False, round_down=False):
+    if not _alike(given, told):
         raise ValueError(f"{library} has no transform {given!r}: the nearest is {told!r}; export to safetensors")
+
+
+def _alike(one: Preprocess, other: Preprocess) -> bool:
+    """Whether two transforms are one, but for when they convert to RGB and how they round, which no file tells."""
+    return replace(one, rgb_first=False, round_down=False) == replace(other, rgb_first=False, round_down=False)
 
 
 def _open_clip_fields(tower: str, width: int, quick_gelu: bool, options: dict[str, Any]) -> dict[str, Any]:

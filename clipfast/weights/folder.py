@@ -33,20 +33,27 @@ def from_folder(where: str, find: Find) -> Found:
 
 
 def _from_folder(where: str, find: Find) -> Found:
+    where, find = inner(where, find)
     if path := find("open_clip_config.json"):
         return _open_clip(where, find, read_json(path))
     if path := find("config.json"):
         return _transformers(where, find, read_json(path))
-    if path := find("modules.json"):  # sentence-transformers: CLIP stands alone, in a folder of its own or beside this file
-        kinds = (".CLIPModel", ".Transformer")
-        inner = [module["path"] for module in read_json(path, list) if str(module.get("type", "")).endswith(kinds)]
-        if len(inner) == 1 and inner[0] and _inside(inner[0]) and (config := find(f"{inner[0]}/config.json")):
-            return _transformers(f"{where}/{inner[0]}", lambda file: find(f"{inner[0]}/{file}"), read_json(config))
     raise FileNotFoundError(
         f"{where}: found neither open_clip_config.json nor config.json: without a network place in a folder, and load "
         "it, open_clip_config.json and open_clip_model.safetensors (or open_clip_pytorch_model.bin), or config.json and "
         "model.safetensors (or pytorch_model.bin) of a transformers model"
     )
+
+
+def inner(where: str, find: Find) -> tuple[str, Find]:
+    """Where the files of the model are: of sentence-transformers, CLIP stands alone, in a folder of its own or at the top."""
+    if find("open_clip_config.json") or find("config.json") or not (path := find("modules.json")):
+        return where, find
+    kinds = (".CLIPModel", ".Transformer")
+    folders = [module["path"] for module in read_json(path, list) if str(module.get("type", "")).endswith(kinds)]
+    if len(folders) != 1 or not folders[0] or not _inside(folders[0]) or not find(f"{folders[0]}/config.json"):
+        return where, find
+    return f"{where}/{folders[0]}", lambda file: find(f"{folders[0]}/{file}")
 
 
 def _open_clip(where: str, find: Find, config: dict[str, Any]) -> Found:

@@ -42,7 +42,7 @@ from clipfast.weights.transformers import from_transformers
 
 _TOLD = {  # what a file of clipfast's own says beside its weights, and of which type
     **{"quick_gelu": bool, "image_resolution": int, "vision_heads": int, "transformer_heads": int},
-    **{"vision": dict, "text": dict, "towers": list},
+    **{"vision": dict, "text": dict, "towers": list, "preprocess": dict},
 }
 
 
@@ -92,7 +92,9 @@ def load(
     if target.type != "cpu":
         convert_weights(model)
     visual: Any = model.visual
-    return model.to(target), found.preprocess or Preprocess(224 if visual is None else visual.input_resolution)
+    if found.preprocess:
+        visual.preprocess = found.preprocess
+    return model.to(target), Preprocess(224) if visual is None else visual.preprocess
 
 
 def _found(where: str, download_root: str | None, ignore: tuple[str, ...]) -> Found:
@@ -168,6 +170,7 @@ def beyond_shapes(model: CLIP) -> Sizes:
     if visual is not None:
         first = visual.transformer.resblocks[0].attn if hasattr(visual, "transformer") else visual.attnpool
         told |= {"image_resolution": visual.input_resolution, "vision_heads": first.num_heads}
+        told |= {"preprocess": changed} if (changed := visual.preprocess.changed) else {}
     if transformer is not None:
         told |= {"transformer_heads": transformer.resblocks[0].attn.num_heads}
     if None in (visual, transformer):
@@ -202,6 +205,8 @@ def convert(module: nn.Module) -> CLIP:
             sizes, state = from_transformers(where, config, lambda: tensors)
         else:
             sizes, state = from_open_clip(where, live_config(where, source), lambda: tensors)
+            if told := getattr(source.visual, "preprocess_cfg", None):  # open_clip's, of a model that its factory made
+                sizes["preprocess"] = Preprocess.from_open_clip(told).changed
     except AttributeError as error:
         expected = "expected a CLIP of OpenAI's clip, open_clip or transformers"
         raise TypeError(f"{where}: {expected}: {error}; of another model try clipfast.accelerate(model)") from error
@@ -260,6 +265,7 @@ def _empty(where: str, sizes: Sizes, state: State) -> CLIP:
     """The model of these sizes on the meta device: no memory, no initialisation, as every tensor comes from `state`."""
     arguments = settled(sizes)
     towers, folded = tuple(arguments.pop("towers", TOWERS)), arguments.pop("folded", False)
+    pixels = arguments.pop("preprocess", {})
     if "quick_gelu" not in arguments:
         raise ValueError(
             f"{where}: weights alone do not tell the activation: pass quick_gelu=True (OpenAI's models, and what was "
@@ -276,6 +282,7 @@ def _empty(where: str, sizes: Sizes, state: State) -> CLIP:
     try:
         with torch.device("meta"):
             model = CLIP(**(arguments | absent))
+        model.visual.preprocess = Preprocess(model.visual.input_resolution, **pixels)
     except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
         raise ValueError(f"{where}: there is no model of sizes {sizes}: {files.first_line(error)}: {ELSEWHERE}") from error
     if folded and isinstance(model.visual, ModifiedResNet):

@@ -555,6 +555,19 @@ def test_bytes_are_normalised_on_the_device():
         torch.testing.assert_close(image, towers.model.encode_image(images))
 
 
+def test_a_checkpoints_own_mean_and_deviation(tmp_path: Path) -> None:
+    """As of LAION's ViT-L/14; the run keeps them, and so does what is loaded from it."""
+    model = tiny()
+    model.visual.preprocess_cfg = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    batch = pairs(4)
+    raw = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    image, _ = Towers(model)(raw, batch.tokens, batch.lengths)
+    torch.testing.assert_close(image, model.encode_image((raw / 255 - 0.5) / 0.25))
+    train(config(tmp_path / "run", steps=1), endless, model)
+    for path in (tmp_path / "run" / "model.pt", tmp_path / "run" / "checkpoints" / "step_00000001"):
+        assert load(path, "cpu")[1] == Preprocess(32, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
 # ---- what goes wrong ---------------------------------------------------------------------------------------------------------
 
 

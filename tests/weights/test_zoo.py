@@ -133,14 +133,21 @@ def test_the_checkpoint_says_how_images_are_made(tmp_path: Path) -> None:
     config["preprocess_cfg"] |= {"mean": [0.5] * 3, "std": [0.5] * 3}  # as LAION's ViT-L/14
     preprocess = load(save_open_clip_folder(tmp_path / "x", make_open_clip(), config), "cpu")[1]
     assert (preprocess.mean, preprocess.std, preprocess.resolution) == ((0.5,) * 3, (0.5,) * 3, 48)
-    for layout in ("open_clip", "transformers"):
-        path = export(convert(make_open_clip()), tmp_path / layout, layout, preprocess)
-        again = load(path, "cpu")[1]
-        assert (again.mean, again.std, again.resolution) == (preprocess.mean, preprocess.std, 48)
-    foreign = replace(preprocess, resize="longest")
-    refused(
-        lambda: export(convert(make_open_clip()), tmp_path / "no", "transformers", foreign), "transformers has no transform"
-    )
+    model = load(tmp_path / "x", "cpu")[0]
+    assert model.visual.preprocess == preprocess and model.visual.preprocess_cfg["mean"] == (0.5,) * 3
+    for layout in ("open_clip", "transformers", "safetensors"):
+        again = load(export(model, tmp_path / f"m.{layout}", layout), "cpu")[1]
+        assert replace(again, rgb_first=False, round_down=False) == preprocess
+    for path in (hub := tmp_path / "m.transformers", export(load(hub, "cpu")[0], tmp_path / "kept.safetensors")):
+        assert load(path, "cpu")[1] == replace(preprocess, rgb_first=True, round_down=True)
+    with pytest.warns(UserWarning, match=r"images are made by Preprocess\(48, mean=\(0.5, 0.5, 0.5\)"):
+        export(model, tmp_path / "openai.pt", "openai")
+    live = open_clip.create_model(f"local-dir:{tmp_path / 'm.open_clip'}")
+    assert convert(live).visual.preprocess == preprocess and live.visual.preprocess_cfg["mean"] == [0.5] * 3
+    open_clip.model.set_model_preprocess_cfg(model, model.visual.preprocess_cfg | {"interpolation": "bilinear"})
+    assert model.visual.preprocess == replace(preprocess, interpolation="bilinear")
+    model.visual.preprocess = replace(preprocess, resize="longest")
+    refused(lambda: export(model, tmp_path / "no", "transformers"), "transformers has no transform")
     assert not (tmp_path / "no").exists()
     make_transformers().save_pretrained(tmp_path / "y")
     told = {"image_processor": {"image_std": [1, 1, 1], "image_mean": [0, 0, 0], "resample": 2}}

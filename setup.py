@@ -61,7 +61,11 @@ CUDA = with_cuda() and any(ROOT.glob("kernels/*/cuda.cu"))
 setup(
     packages=["clipfast", *WINGS, "clipfast.kernels", *(f"clipfast.kernels.{op}" for op in OPS)],
     package_dir={"clipfast": "clipfast", "clipfast.kernels": "kernels"},
-    package_data={"clipfast.inputs": ["*.gz"], "": ["*.json", "*.h", "*.cuh", "*.cpp", "*.cu"]},  # passed.py reads the sources
+    package_data={
+        "clipfast.inputs": ["*.gz"],
+        "clipfast.evaluate": ["*.toml"],
+        "": ["*.json", "*.h", "*.cuh", "*.cpp", "*.cu"],  # passed.py reads the sources
+    },
     ext_modules=[Extension(f"clipfast._C_{kind}", sources=[]) for kind in ("cpu", *(["cuda"] if CUDA else []))],
     cmdclass={"build_ext": Build},
 )

@@ -1,4 +1,4 @@
-"""The command line: `clipfast train | eval | classify | embed | export | info | check`.
+"""The command line: `clipfast train | eval | suite | classify | embed | export | info | check`.
 
 The fields of a command's dataclasses are its flags.
 """
@@ -22,6 +22,7 @@ from clipfast.check import report
 from clipfast.data import UNREADABLE, DataConfig, Source, Tally, training_batches
 from clipfast.evaluate import TEMPLATES, classify, embed, retrieval_source, zero_shot_source
 from clipfast.evaluate.classifiers import classifier_source
+from clipfast.evaluate.command import Measure, SuiteOptions, by_head, measure, suite_of
 from clipfast.files import output_folder, replacing
 from clipfast.info import info
 from clipfast.inputs import Preprocess, read_image
@@ -36,6 +37,7 @@ else:
     import tomli as tomllib
 
 USER_ERRORS = (*UNREADABLE, TypeError, RuntimeError, ArithmeticError, ImportError, csv.Error)
+OTHERS = ("probe", "few-shot", "overlap", "bias", "robustness")  # tasks of clipfast.evaluate.command
 Name = Annotated[str, "published model, hf-hub:... or path of a checkpoint"]
 Device = Annotated[str, "cpu, cuda, ...; default: cuda if there is one"]
 BatchSize = Annotated[int, "images at a time"]
@@ -44,7 +46,8 @@ BatchSize = Annotated[int, "images at a time"]
 @dataclass
 class Classify:
     image: Annotated[str, "image file"]
-    texts: Annotated[list[str], "captions to choose among"]
+    texts: Annotated[list[str], "captions to choose among; none with --head"]
+    head: Annotated[str, "folder of a probe's head, as eval --task probe --out writes it, in the place of captions"] = ""
     model: Name = "ViT-B/32"
     device: Device = ""
 
@@ -52,10 +55,14 @@ class Classify:
 @dataclass
 class Eval:
     model: Name = "ViT-B/32"
-    task: Annotated[str, "zero-shot, retrieval, or classify: a classifier of timm's, or a file of MMPretrain's"] = "zero-shot"
+    task: Annotated[
+        str,
+        "zero-shot, probe, few-shot, retrieval, overlap, bias, robustness (of a table), or classify: a"
+        " classifier of timm's, or a file of MMPretrain's",
+    ] = "zero-shot"
     checkpoint: Annotated[str, "file or folder of weights, in the place of model"] = ""
     classes: Annotated[str, "file of class names, a line each, in the order of .cls; 'folder<tab>name' where they differ"] = ""
-    templates: Annotated[str, "file of prompts, a line each, with {} where the name goes"] = ""
+    templates: Annotated[str, "file of prompts, a line each, with {} where the name goes; or .json"] = ""
     out: Annotated[str, "folder to write results.json to"] = ""
     batch_size: BatchSize = 64
     device: Device = ""
@@ -119,7 +126,7 @@ def _validate(data: DataConfig, options: Validation) -> Callable[[CLIP, Job], di
 
 def _measure(task: str, classes: str, templates: str) -> Callable[..., dict[str, float]]:
     if task not in ("zero-shot", "retrieval"):
-        raise ValueError(f"expected --task zero-shot or retrieval, got {task!r}")
+        raise ValueError(f"expected --task zero-shot, retrieval, classify, {', '.join(OTHERS)}, got {task!r}")
     if task == "retrieval":
         return retrieval_source
     named = {folder: name or folder for folder, _, name in (line.partition("\t") for line in _lines(classes))}
@@ -132,16 +139,22 @@ def _load_to_read(name: str, device: str) -> tuple[CLIP, Preprocess]:
     return model.for_inference(), preprocess
 
 
-def run_eval(data: DataConfig, options: Eval) -> None:
-    """Measure zero-shot accuracy, retrieval, or a classifier."""
+def run_eval(data: DataConfig, options: Eval, asked: Measure) -> None:
+    """Measure a model or a classifier; MODEL... --suite FILE.toml measures several on a suite of data sets."""
     name = options.checkpoint or options.model
     reading = {"batch_size": options.batch_size, "threads": data.workers, "tally": Tally(data.max_bad)}
     if options.task == "classify":
         results = _classifier(name, data.open(), options, reading)
+    elif options.task != "retrieval" and (asked != Measure() or options.templates.endswith(".json") or options.task in OTHERS):
+        load_it = partial(_load_to_read, device=options.device)
+        files = options.classes, options.templates, options.out
+        results = measure(name, options.task, data, asked, load_it, *files, reading)
     else:
-        measure, source = _measure(options.task, options.classes, options.templates), data.open()
-        results = measure(*_load_to_read(name, options.device), source, **reading)
+        score, source = _measure(options.task, options.classes, options.templates), data.open()
+        results = score(*_load_to_read(name, options.device), source, **reading)
     for key, value in results.items():
+        if isinstance(value, list | dict | None):
+            continue  # printed as a table, or for results.json alone
         print(f"{key:20} {f'{value:8.2%}' if isinstance(value, float) else f'{value:6}'}")
     if options.out:
         with output_folder(options.out) as folder, replacing(folder / "results.json") as file:
@@ -156,8 +169,22 @@ def _classifier(name: str, source: Source, options: Eval, reading: dict[str, Any
     return classifier_source(model, preprocess, source, named or class_names(model), **reading)
 
 
+def run_suite(options: SuiteOptions) -> None:
+    """Measure several models on a suite of data sets; what is there already is not made again."""
+    reading = {"batch_size": options.batch_size}
+    suite_of(options, partial(_load_to_read, device=options.device), reading)
+
+
 def run_classify(options: Classify) -> None:
-    """Print how probable each text is for an image."""
+    """Print how probable each text, or each class of a probe's head, is for an image."""
+    if bool(options.texts) == bool(options.head):
+        raise ValueError(f"expected captions or --head, one of them, got {len(options.texts)} captions and {options.head!r}")
+    if options.head:
+        for probability, text in by_head(
+            options.head, options.model, options.image, partial(_load_to_read, device=options.device)
+        ):
+            print(f"{probability:7.2%}  {text}")
+        return
     image = read_image(options.image)
     model, preprocess = load(options.model, options.device or None)
     probabilities = classify(model, preprocess(image)[None], options.texts)[0].tolist()
@@ -203,6 +230,7 @@ def run_check(options: Check) -> int:
 COMMANDS: dict[str, Callable[..., int | None]] = {
     "train": run_train,
     "eval": run_eval,
+    "suite": run_suite,
     "classify": run_classify,
     "embed": run_embed,
     "export": run_export,
@@ -214,8 +242,10 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 for a wrong kernel, 2 for what the user can put right (one line on stderr), 130 when interrupted."""
     logging.basicConfig(format="clipfast: %(message)s", level=logging.WARNING)
-    parser = _parser()
-    given = vars(parser.parse_args(_from_files(sys.argv[1:] if arguments is None else arguments, parser)))
+    parser, words = _parser(), [*map(str, sys.argv[1:] if arguments is None else arguments)]
+    if words[:1] == ["eval"] and any(word.partition("=")[0] == "--suite" for word in words):
+        words[0] = "suite"
+    given = vars(parser.parse_args(_from_files(words, parser)))
     command, debug = COMMANDS[given.pop("command")], given.pop("debug", False)
     kinds = [kind for name, kind in get_type_hints(command).items() if name != "return"]
     try:
@@ -248,7 +278,7 @@ def _add_fields(parser: argparse.ArgumentParser, kind: type) -> None:
         type_, text = get_args(hints[field.name])
         about: dict[str, Any] = {"help": text.replace("%", "%%")}
         if field.default is MISSING:
-            about |= {"nargs": "+"} if get_origin(type_) is list else {}
+            about |= {"nargs": "*", "default": []} if get_origin(type_) is list else {}
             parser.add_argument(field.name, **about)
             continue
         if field.default != "":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import glob
 import gzip
+import io
 import json
 import logging
 import lzma
@@ -17,6 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
+import numpy as np
 from webdataset.filters import shuffle as shuffled
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
@@ -34,6 +36,7 @@ class Shards:
     hf://, ...); a string may hold braces (`data/{000..009}.tar`), wildcards (`data/*.tar`) and several joined by `::`.
     image_field, caption_field: other names of these fields, as `input.jpg` of `<key>.input.jpg`; several are joined by `;`.
     caption_key: where in the metadata the caption is, if it has no field.
+    label_field: field of a NumPy array of labels, as clip_benchmark's npy of images with several; it becomes meta["labels"].
     max_member, max_unpacked: MB of a file in a shard, and of all that a compressed shard unpacks to: more is refused.
 
     A shard that breaks off gives what it has, then a sample with the error. A file that comes twice within a sample begins
@@ -48,6 +51,7 @@ class Shards:
         image_field: str = "",
         caption_field: str = "",
         caption_key: str = "caption",
+        label_field: str = "",
         max_member: int = 256,
         max_unpacked: int = 65536,
     ) -> None:
@@ -56,6 +60,7 @@ class Shards:
         self.buffer = buffer  # samples held in memory to be shuffled
         self.images = tuple(image_field.lower().split(";")) if image_field else IMAGES
         self.captions = tuple(caption_field.lower().split(";")) if caption_field else ("txt",)
+        self.label_field = label_field.lower()
         self.caption_key, self.limits = caption_key, (max_member << 20, max_unpacked << 20)
         missing = [url for url in self.urls if not _scheme(url) and not Path(url).is_file()]
         if missing or not self.urls:
@@ -95,8 +100,10 @@ class Shards:
             meta = dict(json.loads(fields["json"])) if "json" in fields else {}
             if "cls" in fields:
                 meta["class"] = int(fields["cls"])
+            if self.label_field in fields:
+                meta["labels"] = np.load(io.BytesIO(fields[self.label_field]), allow_pickle=False).tolist()
         except (ValueError, TypeError) as error:
-            return Sample(key, None, None, {}, f"expected a JSON object and an integer class, got {error}")
+            return Sample(key, None, None, {}, f"expected a JSON object, an integer class and an array of labels, got {error}")
         written = next((fields[kind].decode("utf-8", "replace") for kind in self.captions if kind in fields), None)
         caption = text_of(meta.get(self.caption_key)) if written is None else written
         return Sample(key, image, caption, meta, fields=tuple(sorted(fields)))

@@ -1,11 +1,14 @@
 """What a CLIP is worth: zero-shot classification, retrieval, and features of whole data sets."""
 
+from clipfast.evaluate.datasets import EvalSet
 from clipfast.evaluate.embed import embed
 from clipfast.evaluate.features import encode_images, encode_texts
 from clipfast.evaluate.retrieval import retrieval, retrieval_source
+from clipfast.evaluate.suite import Suite, run_suite
+from clipfast.evaluate.tasks import Bench
 from clipfast.evaluate.zero_shot import TEMPLATES, classify, zero_shot, zero_shot_source, zero_shot_weights
 
 __all__ = [
-    "TEMPLATES", "classify", "embed", "encode_images", "encode_texts", "retrieval", "retrieval_source", "zero_shot",
-    "zero_shot_source", "zero_shot_weights",
+    "Bench", "EvalSet", "Suite", "TEMPLATES", "classify", "embed", "encode_images", "encode_texts", "retrieval",
+    "retrieval_source", "run_suite", "zero_shot", "zero_shot_source", "zero_shot_weights",
 ]  # fmt: skip

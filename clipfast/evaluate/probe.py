@@ -247,7 +247,7 @@ def by_scikit_learn(rows: Rows, penalty: float, max_iterations: int) -> Fit:
     return Fit(weight, bias, loss, steps, steps < max_iterations)
 
 
-def search(fitter: Fitter, held: Rows, score: Score) -> list[Trial]:
+def search(fitter: Callable[[float], tuple[Head, Fit]], held: Rows, score: Score) -> list[Trial]:
     """1e-6, 1e-4, ... 1e6, then ever nearer around the best, down to 8 steps a decade; every penalty tried."""
     trials: dict[int, Trial] = {}
 

@@ -1,0 +1,169 @@
+"""A data set to evaluate on: where its splits lie, its classes, its templates, and the metric it is judged by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipfast.data import DataConfig, Shards
+from clipfast.data.sources import Source, tars_in
+from clipfast.evaluate import metrics
+from clipfast.evaluate.features import encode_texts
+from clipfast.evaluate.zero_shot import TEMPLATES, Template, prompt, zero_shot_weights
+from clipfast.model import CLIP
+
+TASKS = ("zero-shot", "probe", "few-shot", "retrieval")
+CLASSES, PROMPTS = "classnames.txt", "zeroshot_classification_templates.txt"  # beside clip_benchmark's splits
+
+
+def _margin(scores: np.ndarray, targets: np.ndarray) -> float:
+    if scores.shape[1] != 2:
+        raise ValueError(f"expected two classes for roc-auc, got {scores.shape[1]}")
+    return metrics.roc_auc(scores[:, 1] - scores[:, 0], targets)
+
+
+METRICS = {
+    "accuracy": metrics.top_k,
+    "mean-per-class": lambda scores, targets: metrics.mean_per_class(scores.argmax(1), targets),
+    "mean-top1-top5": metrics.mean_top1_top5,
+    "roc-auc": _margin,
+    "map-11": lambda scores, relevant: metrics.mean_average_precision(scores, relevant, points=11),
+    "map": metrics.mean_average_precision,
+}
+MULTILABEL = ("map-11", "map")
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """`root`: a folder or hf:// address laid out as clip_benchmark's; what is named besides it wins.
+
+    test, train, validation: as DATA of the command line. classes, templates: files, or lists. missing: why it cannot be had.
+    shift_of: the set that this one is a natural shift of.
+    """
+
+    name: str
+    root: str = ""
+    test: str = ""
+    train: str = ""
+    validation: str = ""
+    classes: str | tuple[str, ...] = ""
+    templates: str | tuple[str, ...] = ""
+    metric: str = "accuracy"
+    tasks: tuple[str, ...] = ("zero-shot",)
+    missing: str = ""
+    shift_of: str = ""
+    reader: DataConfig = field(default_factory=lambda: DataConfig(""))  # how tables are read
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ValueError(f"{self.name}: expected a metric of {', '.join(METRICS)}, got {self.metric!r}")
+        if unknown := [task for task in self.tasks if task not in TASKS]:
+            raise ValueError(f"{self.name}: expected tasks of {', '.join(TASKS)}, got {unknown}")
+        if not (self.root or self.test or self.missing):
+            raise ValueError(f"{self.name}: expected root, test, or why it is missing; got none of them")
+
+    @classmethod
+    def of(cls, entry: dict[str, Any]) -> EvalSet:
+        """From a table of a suite file."""
+        known = {own.name for own in fields(cls)} - {"reader"}
+        if "name" not in entry or entry.keys() - known:
+            raise ValueError(f"expected a data set with a name and fields of {', '.join(sorted(known))}, got {sorted(entry)}")
+        given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+        return cls(**given)
+
+    def path(self, split: str) -> str:
+        own = getattr(self, split)
+        return own or (f"{self.root.rstrip('/')}/{split}" if self.root and split != "validation" else "")
+
+    def open(self, split: str) -> Source:
+        if not (path := self.path(split)):
+            raise ValueError(f"{self.name}: expected its {split} split, got none; name it")
+        label = "npy" if self.metric in MULTILABEL else ""
+        if "://" in path:
+            return Shards(_listed(path) if not path.endswith(".tar") else path, label_field=label)
+        if Path(path).is_dir() and (tars := tars_in(path)):
+            return Shards(tars, label_field=label)
+        if not Path(path).exists() and not any(sign in path for sign in "*{:"):
+            raise FileNotFoundError(f"{self.name}: expected its {split} split at {path}, found nothing")
+        return replace(self.reader, data=path).open()
+
+    def named(self) -> dict[str, str]:
+        """Name of the class in the data -> name in the prompts, in the order that labels count in; empty: the data's own."""
+        lines = self._lines(self.classes, CLASSES)
+        named = {folder: name or folder for folder, _, name in (line.partition("\t") for line in lines)}
+        if len(named) != len(lines):
+            raise ValueError(f"{self.name}: expected each class once, got {len(lines) - len(named)} again")
+        return named
+
+    def prompts(self) -> list[Template] | dict[str, list[str]]:
+        """Templates; or, where a JSON object says so, the prompts of each class."""
+        if isinstance(self.templates, str) and self.templates.endswith(".json"):
+            found = json.loads(read_text(self.templates))
+            lists = [*found.values()] if isinstance(found, dict) else [found]
+            if not lists or not all(isinstance(own, list) and own and all(isinstance(t, str) for t in own) for own in lists):
+                raise ValueError(f"{self.templates}: expected a list of templates, or prompts by class, none of them empty")
+            return found
+        return [*(self._lines(self.templates, PROMPTS) or TEMPLATES)]
+
+    def _lines(self, given: str | tuple[str, ...], beside: str) -> list[str]:
+        if not isinstance(given, str):
+            return list(given)
+        if given:
+            return lines(read_text(given))
+        try:
+            return lines(read_text(f"{self.root.rstrip('/')}/{beside}")) if self.root else []
+        except FileNotFoundError:
+            return []
+
+
+def lines(text: str) -> list[str]:
+    return [line.rstrip("\r") for line in text.splitlines() if line.strip()]
+
+
+def read_text(path: str) -> str:
+    if "://" not in path:
+        return Path(path).read_text(encoding="utf-8")
+    import fsspec
+
+    with fsspec.open(path, "rt", encoding="utf-8") as file:
+        return file.read()
+
+
+def _listed(path: str) -> list[str]:
+    """The tars of a remote folder."""
+    import fsspec
+
+    try:
+        system, own = fsspec.core.url_to_fs(path)
+        found = sorted(system.glob(f"{own.rstrip('/')}/*.tar"))
+    except Exception as error:  # whatever the client of a remote store raises
+        raise ConnectionError(f"cannot reach {path}: {type(error).__name__}: {error}") from error
+    if not found:
+        raise FileNotFoundError(f"expected tars at {path}, found none")
+    return [system.unstrip_protocol(name) for name in found]
+
+
+def numbered(labels: Sequence[Any], named: dict[str, str], where: str) -> np.ndarray:
+    """Class indices [N] of folders' names or numbers."""
+    index: dict[Any, int] = {name: number for number, name in enumerate(named)} | {n: n for n in range(len(named))}
+    if unknown := {label for label in labels if label not in index}:
+        raise ValueError(f"{where}: expected classes among the {len(named)} named, got {sorted(map(str, unknown))[:3]}")
+    return np.array([index[label] for label in labels])
+
+
+def class_weights(model: CLIP, names: Sequence[str], prompts: Sequence[Template] | dict[str, list[str]]) -> Tensor:
+    """[C, D]: an ensemble in embedding space, over templates or over each class's own prompts."""
+    if not isinstance(prompts, dict):
+        return zero_shot_weights(model, names, prompts)
+    if absent := [name for name in names if name not in prompts]:
+        raise ValueError(f"expected prompts of every class, got none of {absent[:3]}")
+    texts = [[prompt(text, name) if "{" in text else text for text in prompts[name]] for name in names]
+    blocks = encode_texts(model, [text for own in texts for text in own]).split([len(own) for own in texts])
+    return torch.nn.functional.normalize(torch.stack([block.mean(0) for block in blocks]), dim=-1)

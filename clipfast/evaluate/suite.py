@@ -1,0 +1,198 @@
+"""Models × data sets × tasks in one go, each cell kept as soon as it exists; a second run makes only what is not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clipfast.evaluate.datasets import TASKS, EvalSet
+from clipfast.evaluate.robustness import robustness
+from clipfast.evaluate.tasks import Bench
+from clipfast.files import output_folder, replacing
+from clipfast.inputs import Preprocess
+from clipfast.model import CLIP
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PAPER = Path(__file__).with_name("paper.toml")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """standard: models that the line of robustness goes through. compute: model -> GFLOPs an image (figure 9).
+
+    points: rows that were measured elsewhere: model, dataset, task, score.
+    """
+
+    datasets: list[EvalSet]
+    standard: list[str] = field(default_factory=list)
+    compute: dict[str, float] = field(default_factory=dict)
+    points: list[Row] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Suite:
+        """A TOML file with [[dataset]] tables; "paper" is the paper's. Relative paths in it are relative to it."""
+        file = PAPER if str(path) == "paper" else Path(path)
+        try:
+            given = tomllib.loads(file.read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{file}: expected a TOML file of data sets: {error}") from error
+        known = {"dataset", "standard", "compute", "point"}
+        if not given.get("dataset") or given.keys() - known:
+            raise ValueError(f"{file}: expected [[dataset]] tables, and of the rest {sorted(known)}; got {sorted(given)}")
+        datasets = [EvalSet.of(_beside(entry, file.parent)) for entry in given["dataset"]]
+        if len({data.name for data in datasets}) != len(datasets):
+            raise ValueError(f"{file}: expected each data set once, got {[data.name for data in datasets]}")
+        points = given.get("point", [])
+        if bad := [point for point in points if point.keys() != {"model", "dataset", "task", "score"}]:
+            raise ValueError(f"{file}: expected points of model, dataset, task and score, got {bad[0]}")
+        return cls(datasets, given.get("standard", []), given.get("compute", {}), points)
+
+
+def _beside(entry: Row, folder: Path) -> Row:
+    def placed(value: Any) -> Any:
+        return str(folder / value) if isinstance(value, str) and value and "://" not in value else value
+
+    return {key: placed(value) if key in ("root", "test", "train", "validation", "classes", "templates") else value
+            for key, value in entry.items()}  # fmt: skip
+
+
+def run_suite(
+    models: Sequence[str],
+    suite: Suite,
+    out: str | Path,
+    load: Callable[[str], tuple[CLIP, Preprocess]],
+    tell: Callable[[Row], None] = lambda row: None,
+    **reading: Any,
+) -> list[Row]:
+    """A row for each cell: model, dataset, task, and results or the reason why there are none; also out/results.json.
+
+    Cells are kept in out/cells by what they depend on: weights, the files of the data, the entry of the suite. `load`: by name.
+    """
+    if not models or len(set(models)) != len(models):
+        raise ValueError(f"expected models, each once, got {list(models)}")
+    rows = []
+    with output_folder(out) as folder:
+        (folder / "cells").mkdir(exist_ok=True)
+        for model in models:
+            for row in _of_model(model, suite, folder / "cells", load, reading):
+                rows.append(row)
+                tell(row)
+        rows += [{"model": p["model"], "dataset": p["dataset"], "task": p["task"], "score": p["score"]} for p in suite.points]
+        with replacing(folder / "results.json") as file:
+            file.write(json.dumps({"rows": rows, "robustness": robust(rows, suite)}, indent=1).encode())
+    return rows
+
+
+def _of_model(model: str, suite: Suite, cells: Path, load: Callable[..., Any], reading: dict[str, Any]) -> Iterator[Row]:
+    made: list[Any] = []
+
+    def loaded() -> Any:
+        if not made:
+            try:
+                made.append(load(model))
+            except Exception as error:
+                made.append(error)
+        if isinstance(made[0], Exception):
+            raise made[0]
+        return made[0]
+
+    for data in suite.datasets:
+        bench: Bench | None = None
+        for task in data.tasks:
+            row: Row = {"model": model, "dataset": data.name, "task": task}
+            if data.missing:
+                yield row | {"reason": data.missing}
+                continue
+            try:
+                place = cells / f"{key(model, data, task)}.json"
+                if not place.exists():
+                    if bench is None:
+                        network, preprocess = loaded()
+                        bench = Bench(network, preprocess, data, **reading)
+                    results = row | bench.run(task)
+                    with replacing(place) as file:
+                        file.write(json.dumps(results).encode())
+                yield json.loads(place.read_text())
+            except Exception as error:  # whatever it is, the other rows go on
+                yield row | {"reason": " ".join(str(error).split())[:400] or type(error).__name__}
+
+
+def key(model: str, data: EvalSet, task: str) -> str:
+    """The digest of all that a cell depends on."""
+    entry = {name: value for name, value in asdict(data).items() if name not in ("tasks", "reader", "shift_of", "missing")}
+    paths = [data.path(split) for split in ("test", "train", "validation")]
+    paths += [own for own in (data.root, data.classes, data.templates) if isinstance(own, str)]
+    told = [identity(model), entry, task, [stamps(path) for path in paths]]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def identity(model: str) -> str:
+    """The digest of a checkpoint's content; of a published model its name."""
+    path = Path(model)
+    files = [path] if path.is_file() else sorted(own for own in path.rglob("*") if own.is_file()) if path.is_dir() else []
+    if not files:
+        return model
+    digest = hashlib.sha256()
+    for own in files:
+        digest.update(own.name.encode())
+        with open(own, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def stamps(path: str) -> list[Any]:
+    """Name, size and time of each file on this machine that the path means."""
+    root = Path(path)
+    if not path or not root.exists():
+        return [path]
+    files = [root] if root.is_file() else sorted(own for own in root.rglob("*") if own.is_file())
+    return [(str(own), own.stat().st_size, own.stat().st_mtime_ns) for own in files]
+
+
+def robust(rows: Sequence[Row], suite: Suite) -> Row | None:
+    """Robustness of every model with zero-shot scores on a set and on its shifts; the reason where there is no line."""
+    shifts = {data.name: data.shift_of for data in suite.datasets if data.shift_of}
+    if not shifts:
+        return None
+    scores = {(row["model"], row["dataset"]): row["score"] for row in rows if row["task"] == "zero-shot" and "score" in row}
+    base = next(iter(shifts.values()))
+    names = [name for name in dict.fromkeys(row["model"] for row in rows) if (name, base) in scores]
+    # Means over the same shifts: those that every model has.
+    common = [own for own, of in shifts.items() if of == base and all((name, own) in scores for name in names)]
+    if not common or not names:
+        return {"reason": f"no model has scores on {base} and on a shift of it"}
+    shifted = [math.fsum(scores[name, own] for own in common) / len(common) for name in names]
+    try:
+        standard = [name for name in suite.standard if name in names] or names
+        found = robustness(names, [scores[name, base] for name in names], shifted, standard)
+    except ValueError as error:
+        return {"reason": str(error)}
+    return found.summary() | {"base": base, "shifts": common}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line for each data set and task, a column for each model; what is missing with its reason, below."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    cells = {(row["dataset"], row["task"], row["model"]): row for row in rows}
+    names = list(dict.fromkeys((row["dataset"], row["task"]) for row in rows))
+    wide, task_wide = max(7, *(len(name) for name, _ in names)), max(len(task) for task in TASKS)
+    columns = [f"{model[-20:]:>20}" for model in models]
+    lines = [f"{'dataset':{wide}} {'task':{task_wide}} {' '.join(columns)}"]
+    for name, task in names:
+        own = [cells.get((name, task, model), {}).get("score") for model in models]
+        shown = [f"{'-' if score is None else f'{score:.2%}':>20}" for score in own]
+        lines.append(f"{name:{wide}} {task:{task_wide}} {' '.join(shown)}")
+    reasons = dict.fromkeys(f"{row['dataset']}, {row['task']}: {row['reason']}" for row in rows if "reason" in row)
+    return "\n".join([*lines, *reasons])

@@ -1,0 +1,257 @@
+"""A suite of models, data sets and tasks, and the tasks one by one, against scikit-learn and counting."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, confusion_matrix
+
+from clipfast.cli import main
+from clipfast.evaluate import encode_texts, metrics
+from clipfast.evaluate.datasets import EvalSet, class_weights
+from clipfast.evaluate.figures import page
+from clipfast.evaluate.multilabel import multilabel_probe
+from clipfast.evaluate.suite import Suite, run_suite, table
+from clipfast.evaluate.tasks import Bench, unprojected
+from clipfast.inputs import Preprocess
+from clipfast.model import CLIP
+from clipfast.weights import export
+
+SIZES = {
+    "embed_dim": 16, "image_resolution": 32, "vision_layers": 1, "vision_width": 64, "vision_patch_size": 16,
+    "context_length": 77, "vocab_size": 49408, "transformer_width": 64, "transformer_heads": 1, "transformer_layers": 1,
+}  # fmt: skip
+PREPROCESS = Preprocess(32)
+COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
+
+
+@pytest.fixture(scope="module")
+def model() -> CLIP:
+    torch.manual_seed(0)
+    return CLIP(**SIZES).eval()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """train, test and shift as folders a class, with class names and templates beside them."""
+    root, rng = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 4), ("shift", 4)):
+        for name, colour in COLOURS.items():
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = np.clip(np.array(colour) + rng.normal(0, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+    (root / "classnames.txt").write_text("red\ngreen\tlawn\nblue\n")
+    (root / "zeroshot_classification_templates.txt").write_text("a photo of a {}.\n{c} paint\n")
+    return root
+
+
+def colours(root: Path, **fields: object) -> EvalSet:
+    return EvalSet("colours", str(root), **fields)  # type: ignore[arg-type]
+
+
+def test_zero_shot_by_hand(model: CLIP, root: Path) -> None:
+    """Its ensemble, score, subset, calibration and confusion matrix, image by image."""
+    names = ["red", "lawn", "blue"]
+    weights = [encode_texts(model, [f"a photo of a {name}.", f"{name} paint"]).mean(0) for name in names]
+    weights = torch.stack([own / own.norm() for own in weights])
+    files, scores = sorted((root / "test").rglob("*.png")), []
+    for file in files:
+        with torch.no_grad():
+            image = model.encode_image(PREPROCESS(file)[None], normalize=True)[0]
+            scores.append((model.logit_scale.exp() * weights @ image).tolist())
+    right = [[*COLOURS].index(file.parent.name) for file in files]
+    guessed = [max(range(3), key=own.__getitem__) for own in scores]
+    found = Bench(model, PREPROCESS, colours(root)).zero_shot(calibration=True, confusion=True)
+    assert found["score"] == found["top1"] == accuracy_score(right, guessed)
+    assert found["confusion"] == confusion_matrix(right, guessed, labels=[0, 1, 2]).tolist()
+    expected = metrics.calibration_error(torch.tensor(scores).softmax(1).numpy(), np.array(right))
+    assert found["calibration_error"] == pytest.approx(expected, abs=1e-5)
+    assert found["names"] == names and found["images"] == 12
+    part = [(own[0] < own[2], place == 2) for own, place in zip(scores, right, strict=True) if place != 1]
+    found = Bench(model, PREPROCESS, colours(root)).zero_shot(["blue", "red"])
+    assert found["score"] == np.mean([guess == blue for guess, blue in part]) and found["images"] == 8
+
+
+def test_prompts_by_class(model: CLIP, root: Path, tmp_path: Path) -> None:
+    """Prompts of each class's own, of unequal number, and a list in JSON."""
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps({"red": ["blood", "a {}"], "lawn": ["grass"], "blue": ["sky", "sea", "jeans"]}))
+    weights = class_weights(model, ["red", "lawn", "blue"], colours(root, templates=str(file)).prompts())
+    own = encode_texts(model, ["blood", "a red"]).mean(0)
+    torch.testing.assert_close(weights[0], own / own.norm())
+    torch.testing.assert_close(weights[1], encode_texts(model, ["grass"])[0])
+    with pytest.raises(ValueError, match=r"expected prompts of every class, got none of \['pink'\]"):
+        class_weights(model, ["red", "pink"], {"red": ["a"]})
+    file.write_text('["the {}", "{c}"]')
+    assert colours(root, templates=str(file)).prompts() == ["the {}", "{c}"]
+
+
+@pytest.mark.parametrize("layers", [1, (1, 1, 1, 1)])
+def test_features_before_the_projection(layers: int | tuple[int, ...]) -> None:
+    """Projected by hand they are the model's own, and the model is as it was before."""
+    torch.manual_seed(0)
+    width = 64 if layers == 1 else 8
+    model = CLIP(**SIZES | {"vision_layers": layers, "vision_width": width}, vision_heads=None if layers == 1 else 4).eval()
+    pixels, before = torch.randn(2, 3, 32, 32), [*model.state_dict()]
+    with torch.no_grad():
+        whole = model.encode_image(pixels)
+        with unprojected(model) as width:
+            found = model.encode_image(pixels)
+        assert found.shape == (2, width)
+        mine = found @ model.visual.proj if layers == 1 else model.visual.attnpool.c_proj(found)
+        torch.testing.assert_close(mine, whole)
+        torch.testing.assert_close(model.encode_image(pixels), whole)
+    assert sorted(model.state_dict()) == sorted(before)
+
+
+def test_several_labels_against_scikit_learn() -> None:
+    """VOC2007's: a regression for each class, the 11-point mAP of their scores; -1 rows are left out of their class."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(90, 6))
+    labels = (features @ rng.normal(size=(6, 3)) + rng.normal(size=(90, 3)) > 0).astype(int)
+    labels[:5, 0] = -1
+    train, test = (features[:60], labels[:60]), (features[60:], labels[60:])
+
+    def score(scores: np.ndarray, relevant: np.ndarray) -> float:
+        return metrics.mean_average_precision(scores, relevant, points=11)
+
+    probe = multilabel_probe(train, test, penalty=0.5, score=score, names=["a", "b", "c"])
+    logits = []
+    for own in range(3):
+        kept = train[1][:, own] >= 0
+        fitted = LogisticRegression(C=2.0, tol=1e-8, max_iter=1000).fit(train[0][kept], train[1][kept, own])
+        logits.append(fitted.decision_function(test[0]))
+    np.testing.assert_allclose(probe.head.logits(test[0]).numpy(), np.stack(logits, 1), atol=2e-3)
+    assert probe.score == pytest.approx(score(np.stack(logits, 1), test[1]), abs=0.02)
+    searched = multilabel_probe(train, test, score=score, names=["a", "b", "c"])
+    assert searched.head.about["penalty"] == max(searched.trials, key=lambda own: (own.score, own.penalty)).penalty
+    with pytest.raises(ValueError, match="expected images with and without b in train"):
+        multilabel_probe((train[0], np.stack([train[1][:, 0], np.ones(60, int)], 1)), test, score=score, names=["a", "b"])
+
+
+def test_labels_of_shards(root: Path, model: CLIP, tmp_path: Path) -> None:
+    """clip_benchmark's layout of several labels an image: an array in .npy beside it."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number, labels in enumerate(([1, 0, 0], [0, 1, 1], [0, 0, 1])):
+            file = io.BytesIO()
+            np.save(file, np.array(labels))
+            png = (root / "test" / "red" / f"{number}.png").read_bytes()
+            for field, content in (("png", png), ("npy", file.getvalue())):
+                info = tarfile.TarInfo(f"{number}.{field}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    data = EvalSet("voc", test=str(tmp_path), classes=("a", "b", "c"), metric="map-11")
+    bench = Bench(model, PREPROCESS, data)
+    assert bench.targets(bench.features("test", True), bench.named(), "test").tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 1]]
+    assert 0 < bench.zero_shot()["score"] <= 1
+
+
+SUITE = """
+[[dataset]]
+name = "colours"
+root = "{root}"
+tasks = ["zero-shot", "probe", "few-shot"]
+[[dataset]]
+name = "shifted"
+test = "{root}/shift"
+classes = "{root}/classnames.txt"
+shift_of = "colours"
+[[dataset]]
+name = "gone"
+missing = "its <licence> has to be signed"
+[[dataset]]
+name = "nowhere"
+test = "nothing/here"
+"""
+
+
+def test_a_suite_goes_on(model: CLIP, root: Path, tmp_path: Path) -> None:
+    """What cannot be had is a row with its reason; a second run loads nothing; other weights or data are measured anew."""
+    (tmp_path / "s.toml").write_text(SUITE.format(root=root))
+    suite, loads = Suite.read(tmp_path / "s.toml"), []
+
+    def load(name: str) -> tuple[CLIP, Preprocess]:
+        loads.append(name)
+        if name == "broken":
+            raise ValueError("no such\nmodel")
+        return model, PREPROCESS
+
+    rows = run_suite(["a", "broken"], suite, tmp_path / "out", load)
+    reasons = {(row["model"], row["dataset"], row["task"]): row.get("reason") for row in rows}
+    assert len(rows) == 12 and loads == ["a", "broken"]
+    assert reasons["a", "gone", "zero-shot"] == "its <licence> has to be signed"
+    assert "nothing/here, found nothing" in str(reasons["a", "nowhere", "zero-shot"])
+    assert "expected 16 examples or more of every class, got 6" in str(reasons["a", "colours", "few-shot"])
+    assert reasons["broken", "colours", "probe"] == "no such model"
+    scores = {(row["dataset"], row["task"]): row["score"] for row in rows if "score" in row}
+    assert scores.keys() == {("colours", "zero-shot"), ("colours", "probe"), ("shifted", "zero-shot")}
+    assert scores["colours", "probe"] == 1  # colours are told apart by any features
+
+    loads.clear()
+    again = run_suite(["a"], suite, tmp_path / "out", load)
+    assert [row for row in rows if row["model"] == "a" and "score" in row] == [row for row in again if "score" in row]
+    assert loads == ["a"]  # for the few-shot cell that failed
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == again
+    assert not [*(tmp_path / "out").rglob("*.part")]
+    html = page(rows, suite)
+    assert html.count("<h2>") == 7 and html.count("<svg") >= 3 and "its &lt;licence&gt;" in html and "Not drawn" in html
+    assert f"colours {'zero-shot':10}" in table(rows)
+
+
+def test_what_a_suite_file_may_not_say(tmp_path: Path) -> None:
+    for text, told in (
+        ("[[dataset", "expected a TOML file"),
+        ("standard = []", r"expected \[\[dataset\]\] tables"),
+        ('[[dataset]]\nname = "a"\ntest = "x"\nmetric = "luck"', "expected a metric of accuracy"),
+        ('[[dataset]]\nname = "a"\ntest = "x"\ntasks = ["dance"]', r"expected tasks of zero-shot.* got \['dance'\]"),
+        ('[[dataset]]\nname = "a"', "a: expected root, test, or why it is missing"),
+        ('[[dataset]]\nname = "a"\ntests = "x"', "expected a data set with a name and fields of"),
+        ('[[dataset]]\nname = "a"\ntest = "x"\n' * 2, "expected each data set once"),
+    ):
+        (tmp_path / "s.toml").write_text(text)
+        with pytest.raises(ValueError, match=told):
+            Suite.read(tmp_path / "s.toml")
+
+
+def test_the_paper_has_its_sets() -> None:
+    suite = Suite.read("paper")
+    kinds = [("retrieval" if "retrieval" in own.tasks else "shift" if own.shift_of else "class") for own in suite.datasets]
+    assert [kinds.count(kind) for kind in ("class", "retrieval", "shift")] == [27, 2, 7]
+    by_metric = {own.name: own.metric for own in suite.datasets if own.metric != "accuracy"}
+    per_class = dict.fromkeys(("Aircraft", "Pets", "Caltech101", "Flowers"), "mean-per-class")
+    assert by_metric == per_class | {"VOC2007": "map-11", "Kinetics700": "mean-top1-top5", "HatefulMemes": "roc-auc"}
+
+
+def test_by_the_command_line(model: CLIP, root: Path, tmp_path: Path, capsys) -> None:
+    """A probe's head is saved and classifies; a suite writes its report; bad input is one line and writes nothing."""
+    weights, other = str(tmp_path / "m.safetensors"), str(tmp_path / "o.safetensors")
+    export(model, weights, "safetensors")
+    torch.manual_seed(1)
+    export(CLIP(**SIZES), other, "safetensors")
+    common = ["eval", str(root / "test"), "--train", str(root / "train"), "--device", "cpu", "--model", weights]
+    assert main([*common, "--task", "probe", "--out", str(tmp_path / "head")]) == 0
+    capsys.readouterr()
+    picture = str(root / "test" / "blue" / "0.png")
+    ask = ["classify", picture, "--head", str(tmp_path / "head"), "--device", "cpu", "--model"]
+    assert main([*ask, weights]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split()[1] == "blue"
+    assert main([*ask, other]) == 2
+    assert "expected the model that the head was fitted on" in capsys.readouterr().err
+    assert main([*common, "--task", "few-shot", "--shots", "2,8", "--out", str(tmp_path / "few")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "expected 8 examples or more of every class, got 6" in error
+    assert not (tmp_path / "few").exists()
+    (tmp_path / "s.toml").write_text(SUITE.format(root=root))
+    assert (
+        main(["eval", weights, "--suite", str(tmp_path / "s.toml"), "--out", str(tmp_path / "suite"), "--device", "cpu"]) == 0
+    )
+    assert "<svg" in (tmp_path / "suite" / "report.html").read_text()

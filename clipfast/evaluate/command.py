@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,14 +14,13 @@ import torch
 
 from clipfast.data import DataConfig
 from clipfast.evaluate.bias import bias, labelled
-from clipfast.evaluate.datasets import EvalSet, lines, read_text
+from clipfast.evaluate.datasets import EvalSet, class_weights, lines, read_text
 from clipfast.evaluate.figures import page
 from clipfast.evaluate.overlap import nearest, overlaps
 from clipfast.evaluate.probe import README_PENALTY, Head
 from clipfast.evaluate.robustness import robustness
 from clipfast.evaluate.suite import Suite, identity, run_suite, table
 from clipfast.evaluate.tasks import Bench, unprojected
-from clipfast.evaluate.zero_shot import zero_shot_weights
 from clipfast.files import output_folder, replacing
 from clipfast.inputs import Preprocess, read_image
 from clipfast.model import CLIP
@@ -59,6 +58,9 @@ def measure(
     """The results of one task."""
     if task == "robustness":
         return _robustness(data.data)
+    if task == "bias":  # its table needs no captions
+        columns = _attributes(data)[0]
+        data = data if data.caption_column in columns else replace(data, caption_column=data.image_column)
     entry = EvalSet(
         Path(data.data).name, test=data.data, train=options.train, validation=options.validation, classes=classes,
         templates=templates, metric=options.metric, reader=data,
@@ -103,7 +105,7 @@ def _robustness(path: str) -> dict[str, Any]:
 def _overlap(bench: Bench, similarity: float) -> dict[str, Any]:
     test, named = bench.features("test", True), bench.named()
     targets, train = bench.targets(test, named, "test"), bench.images("train").features
-    weights = zero_shot_weights(bench.model, [*named.values()]).cpu()
+    weights = class_weights(bench.model, [*named.values()], bench.data.prompts()).cpu()
     hits = labelled(torch.from_numpy(test.features), weights, np.arange(len(named)).tolist()) == targets
     near = nearest(test.features, [train])
     found = overlaps({bench.data.name: hits}, {bench.data.name: near.similarity >= similarity})
@@ -119,22 +121,30 @@ def _bias(bench: Bench, path: str) -> dict[str, Any]:
     if not isinstance(given, dict) or not {"designs", "groups"} <= given.keys():
         raise ValueError(f"{path}: expected an object with designs and groups")
     reader = bench.data.reader
-    with open(reader.data, newline="", encoding="utf-8") as file:
-        table = csv.DictReader(file, delimiter=reader.separator or ("\t" if reader.data.endswith(".tsv") else ","))
-        by_key = {row[reader.image_column]: row for row in table}
+    by_key = {row[reader.image_column]: row for row in _attributes(reader)}
     found = bench.images("test")
     if unknown := [key for key in found.keys if key not in by_key]:
         raise ValueError(f"{reader.data}: expected a row of every image, got none of {unknown[:3]}")
-    columns = [own for own in next(iter(by_key.values())) if own not in (reader.image_column, reader.caption_column)]
+    columns = [own for own in next(iter(by_key.values())) if own != reader.image_column]
     attributes = {own: [by_key[key][own] for key in found.keys] for own in columns}
     prompts = bench.data.prompts()
     predictions = {}
     for design, names in given["designs"].items():
-        weights = zero_shot_weights(bench.model, names, prompts if isinstance(prompts, list) else ["{}"]).cpu()
+        weights = class_weights(bench.model, names, prompts).cpu()
         predictions[design] = labelled(torch.from_numpy(found.features), weights, names)
     shares = bias(predictions, given["groups"], attributes)
     print(shares.table())
     return {"shares": shares.summary()}
+
+
+def _attributes(reader: DataConfig) -> list[dict[str, str]]:
+    if not reader.data.lower().endswith((".csv", ".tsv")):
+        raise ValueError(f"expected a .csv or .tsv with columns of attributes for bias, got {reader.data}")
+    with open(reader.data, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter=reader.separator or ("\t" if reader.data.endswith(".tsv") else ",")))
+    if not rows or reader.image_column not in rows[0] or len(rows[0]) < 2:
+        raise ValueError(f"{reader.data}: expected rows with the column {reader.image_column} and columns of attributes")
+    return rows
 
 
 def by_head(path: str, name: str, image: str, load: Load) -> list[tuple[float, str]]:

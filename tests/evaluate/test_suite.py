@@ -255,3 +255,40 @@ def test_by_the_command_line(model: CLIP, root: Path, tmp_path: Path, capsys) ->
         main(["eval", weights, "--suite", str(tmp_path / "s.toml"), "--out", str(tmp_path / "suite"), "--device", "cpu"]) == 0
     )
     assert "<svg" in (tmp_path / "suite" / "report.html").read_text()
+
+
+def test_overlap_bias_and_robustness_by_the_command_line(model: CLIP, root: Path, tmp_path: Path, capsys) -> None:
+    weights = str(tmp_path / "m.safetensors")
+    export(model, weights, "safetensors")
+    common = ["--device", "cpu", "--model", weights, "--out", str(tmp_path / "out"), "--task"]
+    test = str(root / "test")
+    results = tmp_path / "out" / "results.json"
+    assert main(["eval", test, *common, "overlap", "--train", test, "--similarity", "0.9999"]) == 0
+    own = json.loads(results.read_text())["sets"][0]
+    assert (own["images"], own["overlapping"], own["clean"], own["all"]) == (12, 12, None, own["overlap"])
+
+    names = [f"{name}/0.png" for name in COLOURS]
+    rows = [f"{root}/test/{name},{'warm' if name[0] == 'r' else 'cold'}" for name in names]
+    (tmp_path / "faces.csv").write_text("\n".join(["path,tone", *rows]))
+    given = {"designs": {"two": ["red", "blue"], "three": ["red", "blue", "thief"]}, "groups": {"crime": ["thief"]}}
+    (tmp_path / "d.json").write_text(json.dumps(given))
+    faces = str(tmp_path / "faces.csv")
+    assert main(["eval", faces, *common, "bias", "--designs", str(tmp_path / "d.json")]) == 0
+    shares = {(own["design"], own["value"]): own for own in json.loads(results.read_text())["shares"]}
+    features = torch.stack([model.encode_image(PREPROCESS(root / "test" / name)[None])[0] for name in names]).detach()
+    prompts = [f"a photo of a {name}." for name in given["designs"]["three"]]
+    hits = (features @ encode_texts(model, prompts).T).argmax(1) == 2
+    assert shares["three", "cold"]["hits"] == int(hits[1:].sum()) and shares["three", "cold"]["images"] == 2
+    assert shares["three", "warm"]["hits"] == int(hits[0]) and shares["two", "all"]["hits"] == 0
+
+    points = ["a,0.5,0.3,1", "b,0.6,0.4,1", "c,0.7,0.5,1", "d,0.7,0.6,0"]
+    (tmp_path / "r.csv").write_text("\n".join(["model,accuracy,shifted,standard", *points]))
+    assert main(["eval", str(tmp_path / "r.csv"), *common, "robustness"]) == 0
+    found = json.loads(results.read_text())
+    x, y = (np.log(np.array(own) / (1 - np.array(own))) for own in ([0.5, 0.6, 0.7], [0.3, 0.4, 0.5]))
+    slope, intercept = np.polyfit(x, y, 1)
+    promised = 1 / (1 + np.exp(-(slope * x[2] + intercept)))
+    assert found["models"][3]["effective"] == pytest.approx(0.6 - promised)
+    capsys.readouterr()
+    assert main(["eval", test, *common, "bias", "--designs", str(tmp_path / "d.json")]) == 2
+    assert "expected a .csv or .tsv" in capsys.readouterr().err

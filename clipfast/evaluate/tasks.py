@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from clipfast.evaluate.retrieval import retrieval_source
 from clipfast.evaluate.zero_shot import zero_shot_weights
 from clipfast.inputs import Preprocess, read_image
 from clipfast.model import CLIP
+
+log = logging.getLogger(__name__)
 
 
 class Encoded(NamedTuple):
@@ -139,6 +142,11 @@ class Bench:
             names = [names[n] for n in kept]
         if not len(targets):
             raise ValueError(f"{self.data.name}: expected images of the classes of the subset, got none")
+        present = (targets == 1).any(0) if targets.ndim == 2 else np.isin(np.arange(len(names)), targets)
+        if absent := [name for name, own in zip(names, present, strict=True) if not own]:
+            log.warning(
+                "%s: %d of %d classes have no image: %s", self.data.name, len(absent), len(names), ", ".join(absent[:5])
+            )
         results = scored(scores, targets, self.data.metric)
         if not subset:
             bare = zero_shot_weights(self.model, names, "{}").cpu()

@@ -292,3 +292,16 @@ def test_overlap_bias_and_robustness_by_the_command_line(model: CLIP, root: Path
     capsys.readouterr()
     assert main(["eval", test, *common, "bias", "--designs", str(tmp_path / "d.json")]) == 2
     assert "expected a .csv or .tsv" in capsys.readouterr().err
+
+
+def test_classes_and_images_that_do_not_meet(model: CLIP, root: Path, caplog) -> None:
+    """A class without an image is told and counts as one to choose; an image without a class is an error."""
+    names = ("red", "green", "blue", "pink")
+    found = Bench(model, PREPROCESS, colours(root, classes=names)).zero_shot()
+    assert caplog.messages == ["colours: 1 of 4 classes have no image: pink"] and found["classes"] == 4
+    with pytest.raises(ValueError, match=r"expected classes among the 2 named, got \['blue'\]"):
+        Bench(model, PREPROCESS, colours(root, classes=names[:2])).zero_shot()
+    with pytest.raises(ValueError, match=r"expected a place for the class name"):
+        Bench(model, PREPROCESS, colours(root, templates=("a photo",))).zero_shot()
+    with pytest.raises(ValueError, match=r"expected a subset of its classes, got \['pink'\]"):
+        Bench(model, PREPROCESS, colours(root)).zero_shot(["pink"])

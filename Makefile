@@ -1,5 +1,7 @@
 # make demo   set up, prepare real image-text pairs, train a small CLIP on them, evaluate it, write demo/out/report.html
-# make test   set up, check style and types, run every test
+# make test   set up, check style and types, run the tests
+# make test-all  the same with the slow ones: all kernels in Triton's interpreter and emulated, ahead-of-time compilation, large
+#             batches; then each known fault is put into a kernel (since SINCE: into those changed since that commit) to be found
 # make bench  (or cpu-check) set up, test the CPU's kernels, run the benchmarks, write bench/results/ and the README's tables
 # make gpu-check OUT=dir  with an NVIDIA GPU and no network: build for PYTHON, which has torch and Triton, run the GPU's tests and
 #             benchmarks, write one record into OUT within 9 minutes; commit it under bench/results/ and run python -m bench.record
@@ -9,7 +11,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard kernels/*.h kernels/*.cuh kernels/*/*.cpp kernels/*/*.cu)
 
-.PHONY: demo test lint bench cpu-check gpu-check setup clean
+.PHONY: demo test test-all lint bench cpu-check gpu-check setup clean
 setup: $(VENV)/.built
 
 demo: setup
@@ -17,6 +19,10 @@ demo: setup
 
 test: setup lint
 	$(PY) -m pytest
+
+test-all: setup lint
+	$(PY) -m pytest -m ""
+	$(PY) -m tests.kernels.mutations $(if $(SINCE),--since $(SINCE))
 
 lint: setup
 	$(PY) -m ruff check .

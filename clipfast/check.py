@@ -42,10 +42,12 @@ class Result:
     kept: bool = False  # it passed on an earlier call
 
 
-def arguments(op: str, case: str, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
-    """A case of the op's spec as arguments of its public function; every floating tensor is a leaf that asks for a gradient."""
+def arguments(op: str, case: str | dict[str, Any], dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
+    """A case, of the op's spec where it is a name, as arguments of its public function; every floating tensor is a leaf that
+    asks for a gradient."""
     spec = kernels.OPS[op].spec
-    return _leaves(spec.inputs(torch.Generator().manual_seed(seed), **spec.CASES[case]), dtype, device)
+    case = spec.CASES[case] if isinstance(case, str) else case
+    return _leaves(spec.inputs(torch.Generator().manual_seed(seed), **case), dtype, device)
 
 
 def _leaves(made: dict[str, Any], dtype: torch.dtype, device: str) -> dict[str, Any]:
@@ -55,11 +57,12 @@ def _leaves(made: dict[str, Any], dtype: torch.dtype, device: str) -> dict[str, 
     return {k: leaf(v) if isinstance(v, Tensor) else v for k, v in made.items()}
 
 
-def disagreements(op: str, backend: str, given: dict[str, Any]) -> list[str]:
+def disagreements(op: str, backend: str, given: dict[str, Any], twice: bool = True) -> list[str]:
     """Where a backend breaks the numerics policy on these arguments; an empty list: nowhere.
 
     With the spec in float64 as the truth: ‖out − truth‖ ≤ 2·‖eager − truth‖ + one ulp, gradients ≤ 3·, eager being the spec in
-    the dtype of the arguments; equal calls give equal bits. Raises dispatch.NoBackend where it does not run such arguments.
+    the dtype of the arguments; equal calls give equal bits (``twice``: whether a second call is made to see it). Raises
+    dispatch.NoBackend where it does not run such arguments.
     """
     function, reference = getattr(kernels, op), kernels.OPS[op].spec.reference
     with dispatch.use(backend):
@@ -67,7 +70,8 @@ def disagreements(op: str, backend: str, given: dict[str, Any]) -> list[str]:
             function(**given)
         upstream: list[Tensor] = []
         try:
-            got, again = run(function, given, upstream), run(function, given, upstream)
+            got = run(function, given, upstream)
+            again = run(function, given, upstream) if twice else got
         except dispatch.NoBackend as error:
             return [f"it runs forward and not backward: {error}"]
     eager, truth = run(reference, given, upstream), run(reference, _widened(given), upstream)

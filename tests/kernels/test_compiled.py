@@ -14,6 +14,7 @@ import pytest
 from bench.compiled import CAPABILITIES, SHARED
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow  # two minutes of compilation, the same until a kernel changes
 # Bytes a thread may spill (op, kernel, capabilities), all others none. On 8.0 mma.sync keeps its operands in registers, which
 # wgmma reads from shared memory.
 SPILLS = [("attention", r"_(forward|backward) bf16", (80,), 160)]

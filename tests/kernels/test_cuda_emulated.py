@@ -6,6 +6,7 @@ import ctypes
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -223,8 +224,16 @@ def test_a_small_loss_is_exact(library: ctypes.CDLL) -> None:
         assert (loss.double() - torch.tensor(64.0).double().log()).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("spread", [0.0, 200.0])
-@pytest.mark.parametrize("name", CASES)
+def by_turns(first: float, second: float) -> list[Any]:
+    """Each case with one of the two, the others left to ``make test-all``."""
+    return [
+        pytest.param(name, value, marks=[] if i % 2 == turn else [pytest.mark.slow])
+        for i, name in enumerate(CASES)
+        for turn, value in enumerate((first, second))
+    ]
+
+
+@pytest.mark.parametrize(("name", "spread"), by_turns(0.0, 200.0))
 def test_gradients(library: ctypes.CDLL, name: str, spread: float) -> None:
     """``spread`` drives the log-sum-exps so far apart that one exponential cannot serve rows and columns."""
     case = Case(**CASES[name])
@@ -253,8 +262,7 @@ def test_tiny_gradients_and_only_one_wanted(library: ctypes.CDLL) -> None:
     close(text_grad, G.T @ case.image.double(), 1e-3)
 
 
-@pytest.mark.parametrize("bias", [-10.0, 3.0])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "bias"), by_turns(-10.0, 3.0))
 def test_sigmoid(library: ctypes.CDLL, name: str, bias: float) -> None:
     case = Case(**CASES[name])
     n, N = case.s.shape

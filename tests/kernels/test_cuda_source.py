@@ -13,6 +13,7 @@ SOURCES = sorted((ROOT / "kernels").glob("*/cuda.cu"))
 STATIC = 48 << 10  # bytes of shared memory that a program may have without asking for more at its launch
 
 
+@pytest.mark.slow  # a minute of compilation, the same until a kernel changes
 @pytest.mark.skipif(nvcc() is None, reason="nvcc is not on the PATH")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.parent.name)
 def test_no_kernel_spills(source: Path) -> None:

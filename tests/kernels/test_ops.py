@@ -16,8 +16,8 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipfast import kernels
+from clipfast.check import arguments
 from clipfast.kernels import dispatch
-from tests.kernels.test_kernels import arguments
 
 ROOT = Path(__file__).parents[2]
 
@@ -188,7 +188,7 @@ def test_layer_norm_of_which_only_the_sum_is_used() -> None:
 
 
 def test_every_op_has_its_backends() -> None:
-    """Rows of test_kernels skip a backend that is absent; here it shows when one is."""
+    """A backend that is absent has no rows in test_kernels; here it shows when one is."""
     assert set(kernels.OPS) == {"attention", "batch_norm", "bmm", "contrastive", "convolution", "layer_norm", "linear", "mlp",
                                 "pairwise_sigmoid", "pooling"}  # fmt: skip
     for name, op in kernels.OPS.items():

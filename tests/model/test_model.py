@@ -26,7 +26,8 @@ def captions(lengths: list[int], context_length: int = 77, seed: int = 0) -> Ten
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected.double()).norm() / expected.double().norm())
+    got, expected = got.detach().double(), expected.detach().double()
+    return float((got - expected).norm() / expected.norm())
 
 
 def shake(model: nn.Module, seed: int = 0) -> None:

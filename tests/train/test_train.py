@@ -434,11 +434,11 @@ def test_checkpointed_and_compiled_blocks_train_the_same(tmp_path, precision, mo
     assert losses(tmp_path / "both", precision=precision, compile=True, gradient_checkpointing=True, micro_batch=5) == close
 
 
+# Not by monkeypatch, which deletes these settings when it undoes its change.
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8)
 def test_every_kind_of_block_is_compiled(tmp_path, monkeypatch):
     """First, middle and last of either tower, with a graph and without: more than Dynamo compiles of one function by itself."""
     monkeypatch.setattr("torch.compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", True)
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 8)
     torch._dynamo.reset()
     deep = SIZES | {"vision_layers": 3, "transformer_layers": 3}
     assert losses(tmp_path / "compiled", model=deep, compile=True, micro_batch=5) == pytest.approx(
@@ -524,16 +524,23 @@ def test_wandb_is_told(tmp_path, monkeypatch):
     assert told == ["clips", *((line["step"], line["loss"]) for line in log(tmp_path)), "finish"]
 
 
-def test_the_data_is_waited_for(tmp_path):
+def test_the_data_is_waited_for(tmp_path, monkeypatch):
+    clock = [0.0]
+
+    def tick() -> float:
+        clock[0] += 1.0
+        return clock[0]
+
     def slow(step: int) -> Iterator[Batch]:
         for batch in endless(step):
-            time.sleep(0.1)
+            clock[0] += 8.0
             yield batch
 
+    monkeypatch.setattr("clipfast.train.loop.perf_counter", tick)
     train(config(tmp_path / "slow", steps=3), slow)
     train(config(tmp_path / "fast", steps=3), lambda step: repeat(pairs(0)))
-    assert all(line["data_wait"] > 0.5 for line in log(tmp_path / "slow"))
-    assert all(line["data_wait"] < 0.3 for line in log(tmp_path / "fast"))
+    assert [line["data_wait"] for line in log(tmp_path / "slow")] == [0.9] * 3  # of ten ticks the update takes one
+    assert [line["data_wait"] for line in log(tmp_path / "fast")] == [0.5] * 3
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="of glibc")

@@ -25,7 +25,7 @@ from clipfast.interop.accelerate import Swap, Way, bare, original
 from clipfast.model.packed import pack
 from clipfast.model.resnet import pooled_map
 from clipfast.model.rule import know, untouched
-from clipfast.model.transformer import Layout, Linear, Norm, Parts, Stream, block, causal_mask, gelu_after, projected
+from clipfast.model.transformer import Layout, Linear, Norm, Parts, Stream, block, causal_mask, projected
 from clipfast.model.vit import patches, tiles
 
 if tuple(int(number) for number in version.split(".")[:2]) < (3, 3):
@@ -118,7 +118,7 @@ def parts(module: Any) -> Parts:
     if kind is theirs.QuickGELU:
         act = True
     elif kind is nn.GELU and act.approximate == "none":
-        act = gelu_after(mlp.c_fc)
+        act = False
     scales = (module.ls_1.gamma, module.ls_2.gamma) if type(module.ls_1) is theirs.LayerScale else None
     return Parts(
         attn.num_heads, Norm.of(module.ln_1), (Linear(attn.in_proj_weight, attn.in_proj_bias),), Linear.of(attn.out_proj),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clipfast.interop.accelerate import Swap, Way, bare, original
 from clipfast.kernels import pooling
 from clipfast.model.rule import know, untouched
-from clipfast.model.transformer import Layout, Linear, Norm, Parts, Stream, block, gelu_after
+from clipfast.model.transformer import Layout, Linear, Norm, Parts, Stream, block
 from clipfast.model.vit import patches, tiles
 
 # Activations that map each number for itself.
@@ -112,7 +112,7 @@ def parts(module: Any) -> Parts:
     if kind is activations.QuickGELU:
         act = True
     elif kind is activations.GELU or (kind is nn.GELU and act.approximate == "none"):
-        act = gelu_after(mlp.fc1)
+        act = False
     scales = (module.ls1.gamma, module.ls2.gamma) if type(module.ls1) is LayerScale else None
     return Parts(
         attn.num_heads, Norm.of(module.norm1), (Linear.of(attn.qkv),), Linear.of(attn.proj), Norm.of(module.norm2),

@@ -91,22 +91,6 @@ def block(stream: Stream, parts: Parts) -> Stream:
     return Stream(s, y if parts.scales is None else y * parts.scales[1], layout, read)
 
 
-def gelu_after(linear: Any) -> bool | Callable[[Tensor], Tensor]:
-    """The exact GELU as ``Parts.activation``, behind that linear.
-
-    On a CPU there is no pass that adds the bias as well: the product with its bias and ``_gelu`` take 0.94 of the time of a
-    B/16 tower whose bias is added apart, and 0.6 of the memory (measured at batch 16).
-    """
-    return _gelu if linear.weight.is_cpu else False
-
-
-def _gelu(x: Tensor) -> Tensor:
-    """The exact GELU of what a linear has just made; where no gradient needs that, in its place."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return nn.functional.gelu(x)
-    return torch.ops.aten.gelu_(x)
-
-
 def normed(x: Tensor, norm: Norm, residual: Tensor | None = None) -> Any:
     """The layer norm of x, or (that of x + residual, x + residual)."""
     return layer_norm(x, norm.weight, norm.bias, residual, norm.eps)

@@ -35,14 +35,15 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def called(op: str):
+def called(op: str, **given):
     """Inside, the op's function calls its operator: some take torch's own function where that is faster."""
-    return dispatch.use("torch") if op in ("bmm", "convolution", "linear", "layer_norm") else contextlib.nullcontext()
+    takes = op in ("bmm", "convolution", "linear", "layer_norm") or not given.get("quick_gelu", True)
+    return dispatch.use("torch") if takes else contextlib.nullcontext()
 
 
 def public(op: str):
     def run(**given):
-        with called(op):
+        with called(op, **given):
             return getattr(kernels, op)(**given)
 
     return run
@@ -240,3 +241,19 @@ assert kernels.OPS["mlp"].choose(x, x[0], True)[0] == "torch"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_exact_gelu_of_a_cpu_is_torchs(grad: bool) -> None:
+    """Behind the product that has added the bias; in its place where no gradient needs that."""
+    given = arguments("mlp", "exact C64", torch.float64, "cpu")
+    with torch.set_grad_enabled(grad), Calls("mlp") as mlp:
+        got = kernels.mlp(**given)
+    expected = kernels.OPS["mlp"].spec.reference(**given)
+    torch.testing.assert_close(got, expected)
+    assert not mlp.calls and got.requires_grad == grad
+    if grad:
+        leaves = [value for value in given.values() if isinstance(value, Tensor)]
+        upstream = torch.randn_like(got)
+        for a, b in zip(*(torch.autograd.grad(y, leaves, upstream) for y in (got, expected)), strict=True):
+            torch.testing.assert_close(a, b)

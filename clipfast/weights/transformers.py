@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from clipfast.weights import names
 from clipfast.weights.names import TOWERS, Sizes, State, from_state, merged, number, settled
@@ -115,14 +114,15 @@ def _section(where: str, section: str, fields: dict[str, Any]) -> Sizes:
     return sizes | {"transformer_heads": heads, "text": options}
 
 
-def _rename(tensors: Mapping[str, Tensor], towers: tuple[str, ...]) -> State:
-    """OpenAI's names; a tensor of unknown name keeps its own, for the assembly to report."""
+def _rename(tensors: State, towers: tuple[str, ...]) -> State:
+    """OpenAI's names; a tensor of unknown name keeps its own, for the assembly to report. It empties `tensors`."""
     flat = (
         "" if towers == TOWERS else "text_model." if "text" in towers else "vision_model."
     )  # since 5.6 a tower alone has no prefix
     flat = "" if any(name.startswith(flat) for name in tensors) else flat
     state: State = {}
-    for name, tensor in tensors.items():
+    for name in list(tensors):
+        tensor = tensors.pop(name)
         if not name.endswith("embeddings.position_ids"):  # 0, 1, 2, ...: a buffer that old versions saved
             name = name if "projection." in name else flat + name
             for theirs, ours in NAMES.items():

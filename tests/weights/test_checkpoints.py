@@ -157,7 +157,7 @@ def kibibytes(field: str) -> int:
     return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
 
 
-@pytest.mark.parametrize("form", ["pt", "safetensors"])
+@pytest.mark.parametrize("form", ["pt", "safetensors", "transformers"])
 def test_each_tensor_is_held_once(tmp_path: Path, form: str) -> None:
     sizes = {"embed_dim": 512, "image_resolution": 32, "vision_layers": 2, "vision_width": 512, "vision_patch_size": 16}
     sizes |= {"context_length": 16, "vocab_size": 49408, "transformer_width": 512, "transformer_heads": 8}
@@ -170,8 +170,10 @@ def test_each_tensor_is_held_once(tmp_path: Path, form: str) -> None:
         moments = {"exp_avg": {name: torch.zeros_like(t) for name, t in state.items()}}  # an optimiser's, not to be read
         torch.save({"state_dict": state, "optimizer": moments}, path)
         del moments
-    else:
+    elif form == "safetensors":
         safetensors.torch.save_file(state, path)
+    else:  # query, key and value apart
+        export(build_model(state).float(), path, "transformers")
     del state
     Path("/proc/self/clear_refs").write_text("5")
     before = kibibytes("VmRSS")

@@ -144,8 +144,9 @@ def test_tests_are_counted_by_op_and_backend(tmp_path: Path) -> None:
 
 
 def test_a_phase_is_stopped_at_its_time_and_told(tmp_path: Path, capsys) -> None:
-    code = "trap 'echo stopped; exit' INT; while :; do sleep 0.1; done"  # a shell, which starts at once on a busy machine too
-    assert run.phase("tests", ["sh", "-c", code], tmp_path, 1.0) == 124
+    # Python, not a shell: a shell cannot trap the SIGINT that a parent in the background has it ignore.
+    code = "import signal, time, sys; signal.signal(signal.SIGINT, lambda *_: sys.exit('stopped')); time.sleep(60)"
+    assert run.phase("tests", [sys.executable, "-SEc", code], tmp_path, 2.0) == 124
     assert "stopped" in (tmp_path / "tests.log").read_text() and "exit code 124" in capsys.readouterr().out
     assert run.phase("tests", [sys.executable, "-c", "import os; print(os.environ['X'])"], tmp_path, 60, X="y") == 0
     assert (tmp_path / "tests.log").read_text() == "y\n"

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
+import socket
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+LOCK = ".clipfast.lock"
+_held: set[int] = set()  # descriptors of this process's locks
 
 
 @contextmanager
@@ -42,3 +56,82 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
         with suppress(OSError):
             aside.unlink()
         raise
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """The folder for this process alone; BlockingIOError tells who else has it. The lock ends with the process in any case.
+
+    What a killed process leaves is a file that says who it was, and that the next one takes over.
+    """
+    path = Path(folder, LOCK)
+    descriptor, owner = _take(path), os.getpid()
+    try:
+        yield
+    finally:
+        if descriptor is not None and os.getpid() == owner:  # a forked child has no part in it
+            with suppress(OSError):
+                path.unlink()  # first: whoever opened it before takes it for gone, as `_take` sees
+            _held.discard(descriptor)
+            os.close(descriptor)
+
+
+def _take(path: Path) -> int | None:
+    """The descriptor that holds the lock, or None where the system has no locks."""
+    if fcntl is None:
+        return _without(path, "this system has no flock")
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            raise  # no such folder
+        except OSError as error:
+            return _without(path, error)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        except BlockingIOError as error:
+            told = " ".join(os.pread(descriptor, 1000, 0).decode(errors="replace").split()) or "another process"
+            os.close(descriptor)
+            raise BlockingIOError(
+                f"expected {path.parent} for this process alone, got one that is in use by {told}; wait until it has ended, "
+                "or choose another folder"
+            ) from error
+        except FileNotFoundError:
+            pass  # removed by the one who had it before: once more
+        except OSError as error:
+            os.close(descriptor)
+            return _without(path, error)
+        os.close(descriptor)
+    _held.add(descriptor)
+    with suppress(OSError):  # of a full disk: the lock holds without
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, _who().encode(errors="replace"), 0)
+    return descriptor
+
+
+def _who() -> str:
+    command = " ".join(sys.argv)
+    command = command if len(command) <= 200 else f"{command[:200]}..."
+    return f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')} ({command})\n"
+
+
+def _without(path: Path, reason: object) -> None:
+    _say_once(f"no lock at {path}: {reason}; take care that no other process writes to this folder")
+
+
+@functools.cache
+def _say_once(told: str) -> None:
+    log.warning(told)
+
+
+def _let_go() -> None:
+    """In a forked child, which would hold the lock when its parent has been killed."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

@@ -6,15 +6,16 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 
 from clipfast.data import Batch
-from clipfast.files import output_folder, replacing
+from clipfast.files import locked, output_folder, replacing
 from clipfast.model import CLIP
 from clipfast.train.checkpoint import Checkpoints, check_shapes, load
 from clipfast.train.config import FREE_ON_RESUME, TrainConfig, sizes
@@ -50,9 +51,11 @@ def train(
     with the (averaged) weights; their time does not count. SIGTERM and SIGUSR1 save and end the run in good order.
 
     Raises FloatingPointError when the loss stays not finite, FileExistsError when `out` holds a run that is not to be resumed,
+    BlockingIOError when another process is at work in it,
     RuntimeError naming the ranks when some no longer answer, OSError when the last checkpoint could not be written.
     """
-    with joined(config.device, config.timeout) as job, output_folder(config.out) as out, stop_signals() as stop:
+    place = joined(config.device, config.timeout)
+    with place as job, output_folder(config.out) as out, alone_in(out, job), stop_signals() as stop:
         watch = Watch(out, asdict(config), job.rank, resumed=bool(config.resume), progress=config.progress,
                       tensorboard=config.tensorboard, wandb=config.wandb, profiled=config.profile)  # fmt: skip
         checkpoints = Checkpoints(out / "checkpoints", job, config.keep_last, config.keep_every)
@@ -101,6 +104,20 @@ def train(
             with replacing(out / "model.pt") as file:
                 torch.save({"state_dict": (average or whole).state_dict(), "model_config": engine.model_config}, file)
         return Trained(whole if engine.sharded else engine.model, average, step, seconds, stop.name if step > first else "")
+
+
+@contextmanager
+def alone_in(out: Path, job: Job) -> Iterator[None]:
+    """`out` for this job alone; where another has it, BlockingIOError on rank 0 and ValueError on the others tell who."""
+    with ExitStack() as stack:
+        refusal = None
+        if job.rank == 0:
+            try:
+                stack.enter_context(locked(out))
+            except BlockingIOError as error:
+                refusal = error
+        job.gather(refusal)
+        yield
 
 
 def new_model(config: TrainConfig) -> CLIP:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from clipfast.data import Batch
+from clipfast.files import locked
 from clipfast.model import CLIP
 from clipfast.train import TrainConfig, checkpoint, train
 from clipfast.train.engine import Objective, Towers, backward, split
@@ -166,6 +168,14 @@ def errors(rank: int, folder: str) -> list[str]:
         found.append(str(error))
     if rank == 0:
         checkpoint.fingerprint = fingerprint
+
+    taken = Path(folder, "taken")
+    taken.mkdir(exist_ok=True)
+    with locked(taken) if rank == 0 else nullcontext():
+        try:
+            train(run_config(str(taken)), shares(rank, 4))
+        except (OSError, ValueError) as error:
+            found.append(str(error))
     return found
 
 
@@ -282,7 +292,8 @@ def test_the_statistics_of_batch_norm_are_the_mean_of_the_ranks(found: list[dict
 
 def test_what_is_wrong_is_said_on_every_rank(found: list[dict]) -> None:
     for rank, got in enumerate(found):
-        uneven, validation, full = got["errors"]
+        uneven, validation, full, taken = got["errors"]
+        assert taken.startswith("rank 0: " if rank else "expected ") and "in use by process" in taken
         assert full.endswith("CHECKPOINT NOT SAVED at step_00000001: no room; the one before it stays")
         assert uneven == "expected a batch_size that the 4 ranks can share evenly, got 6: take a multiple"
         assert validation == ("one bad picture" if rank == 2 else "rank 2: one bad picture")

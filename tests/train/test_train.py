@@ -619,6 +619,19 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(tmp_path):
         train(config(tmp_path, steps=3, resume="auto", lr=2e-3, seed=1), endless)
 
 
+def test_two_runs_in_one_folder_do_not_mix(tmp_path):
+    def on_step(step, model, metrics):
+        if step == 2:
+            before = {file: file.stat() for file in tmp_path.rglob("*")}
+            with pytest.raises(BlockingIOError, match=f"alone, got .* process {os.getpid()} on .* since .*; wait .* or choose"):
+                train(config(tmp_path, resume="auto"), endless)
+            assert before == {file: file.stat() for file in tmp_path.rglob("*")}
+
+    train(config(tmp_path, checkpoint_every=99), endless, on_step=on_step)
+    assert [line["step"] for line in log(tmp_path)] == list(range(1, 13))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoints", "config.json", "log.jsonl", "model.pt"]
+
+
 def test_a_run_does_not_mix_with_later_checkpoints_or_those_of_another(tmp_path):
     for name in ("run", "other"):
         train(config(tmp_path / name, checkpoint_every=4), endless)

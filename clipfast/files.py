@@ -65,7 +65,13 @@ def locked(folder: str | Path) -> Iterator[None]:
     What a killed process leaves is a file that says who it was, and that the next one takes over.
     """
     path = Path(folder, LOCK)
-    descriptor, owner = _take(path), os.getpid()
+    owner, descriptor = os.getpid(), None
+    try:
+        descriptor = _take(path)
+    except (BlockingIOError, FileNotFoundError):
+        raise
+    except OSError as error:
+        _say_once(f"no lock at {path}: {error}; take care that no other process writes to this folder")
     try:
         yield
     finally:
@@ -76,21 +82,17 @@ def locked(folder: str | Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _take(path: Path) -> int | None:
-    """The descriptor that holds the lock, or None where the system has no locks."""
+def _take(path: Path) -> int:
+    """The descriptor that holds the lock; OSError where the system has no locks."""
     if fcntl is None:
-        return _without(path, "this system has no flock")
+        raise OSError("this system has no flock")
     while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:
-            raise  # no such folder
-        except OSError as error:
-            return _without(path, error)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            if _is_at(path, descriptor):
                 break
+            os.close(descriptor)  # removed by the one who had it before: once more
         except BlockingIOError as error:
             told = " ".join(os.pread(descriptor, 1000, 0).decode(errors="replace").split()) or "another process"
             os.close(descriptor)
@@ -98,12 +100,9 @@ def _take(path: Path) -> int | None:
                 f"expected {path.parent} for this process alone, got one that is in use by {told}; wait until it has ended, "
                 "or choose another folder"
             ) from error
-        except FileNotFoundError:
-            pass  # removed by the one who had it before: once more
-        except OSError as error:
+        except OSError:
             os.close(descriptor)
-            return _without(path, error)
-        os.close(descriptor)
+            raise
     _held.add(descriptor)
     with suppress(OSError):  # of a full disk: the lock holds without
         os.ftruncate(descriptor, 0)
@@ -111,14 +110,16 @@ def _take(path: Path) -> int | None:
     return descriptor
 
 
+def _is_at(path: Path, descriptor: int) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    return False
+
+
 def _who() -> str:
     command = " ".join(sys.argv)
     command = command if len(command) <= 200 else f"{command[:200]}..."
     return f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')} ({command})\n"
-
-
-def _without(path: Path, reason: object) -> None:
-    _say_once(f"no lock at {path}: {reason}; take care that no other process writes to this folder")
 
 
 @functools.cache

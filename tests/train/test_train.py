@@ -622,10 +622,10 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(tmp_path):
 def test_two_runs_in_one_folder_do_not_mix(tmp_path):
     def on_step(step, model, metrics):
         if step == 2:
-            before = {file: file.stat() for file in tmp_path.rglob("*")}
+            before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
             with pytest.raises(BlockingIOError, match=f"alone, got .* process {os.getpid()} on .* since .*; wait .* or choose"):
                 train(config(tmp_path, resume="auto"), endless)
-            assert before == {file: file.stat() for file in tmp_path.rglob("*")}
+            assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
 
     train(config(tmp_path, checkpoint_every=99), endless, on_step=on_step)
     assert [line["step"] for line in log(tmp_path)] == list(range(1, 13))

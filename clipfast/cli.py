@@ -9,6 +9,7 @@ import argparse
 import csv
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
@@ -19,11 +20,11 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import torch
 
 from clipfast.check import report
-from clipfast.data import UNREADABLE, DataConfig, Source, Tally, training_batches
+from clipfast.data import UNREADABLE, DataConfig, FromFile, Source, Tally, training_batches
 from clipfast.evaluate import TEMPLATES, classify, embed, retrieval_source, zero_shot_source
 from clipfast.evaluate.classifiers import classifier_source
 from clipfast.evaluate.command import Measure, SuiteOptions, by_head, measure, suite_of
-from clipfast.files import output_folder, replacing
+from clipfast.files import output_folder, parsed, read_parsed, replacing
 from clipfast.info import info
 from clipfast.inputs import Preprocess, read_image
 from clipfast.model import CLIP
@@ -31,12 +32,7 @@ from clipfast.train import TrainConfig, new_model, train
 from clipfast.train.job import Job, place
 from clipfast.weights import LAYOUTS, export, load
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-USER_ERRORS = (*UNREADABLE, TypeError, RuntimeError, ArithmeticError, ImportError, csv.Error)
+USER_ERRORS = (*UNREADABLE, TypeError, RuntimeError, ArithmeticError, ImportError, MemoryError, csv.Error)
 OTHERS = ("probe", "few-shot", "overlap", "bias", "robustness")  # tasks of clipfast.evaluate.command
 Name = Annotated[str, "published model, hf-hub:... or path of a checkpoint"]
 Device = Annotated[str, "cpu, cuda, ...; default: cuda if there is one"]
@@ -245,7 +241,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser, words = _parser(), [*map(str, sys.argv[1:] if arguments is None else arguments)]
     if words[:1] == ["eval"] and any(word.partition("=")[0] == "--suite" for word in words):
         words[0] = "suite"
-    given = vars(parser.parse_args(_from_files(words, parser)))
+    spelt, out_of_files = _from_files(words, parser)
+    given = vars(parser.parse_args(spelt))
+    for name, value in given.items():
+        if isinstance(value, str) and value in out_of_files:
+            given[name] = FromFile(value)
     command, debug = COMMANDS[given.pop("command")], given.pop("debug", False)
     kinds = [kind for name, kind in get_type_hints(command).items() if name != "return"]
     try:
@@ -290,30 +290,39 @@ def _add_fields(parser: argparse.ArgumentParser, kind: type) -> None:
         parser.add_argument(f"--{field.name.replace('_', '-')}", **about)
 
 
-def _from_files(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
-    """@FILE.toml -> the options in it, as if they had been given there; those behind it win. A key is an option's name."""
-    found: list[str] = []
+def _from_files(arguments: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], set[str]]:
+    """@FILE.toml -> the options in it, as if they had been given there; those behind it win. A key is an option's name.
+
+    And the values that nobody has typed.
+    """
+    found, values = list[str](), set[str]()
     for argument in map(str, arguments):
         if not (argument.startswith("@") and argument.endswith(".toml")):
             found.append(argument)
             continue
         try:
-            given = tomllib.loads(Path(argument[1:]).read_text(encoding="utf-8"))
+            given = read_parsed(argument[1:], form="TOML")
         except (OSError, ValueError) as error:
-            parser.error(f"{argument[1:]}: expected a TOML file of options: {error}")
+            parser.error(_one_line(error))
         for name, value in given.items():
+            if not re.fullmatch(r"[\w-]+", name) or (name == "data" and str(value).startswith("-")):
+                parser.error(f"{argument[1:]}: expected an option's name and its value, got {name!r:.60} = {value!r:.60}")
             flag = f"--{name.replace('_', '-')}"
+            values.add(str(value))
             if name == "data":
                 found.append(str(value))
             elif isinstance(value, bool):
                 found.append(flag if value else f"--no-{flag[2:]}")
             else:
-                found.append(f"{flag}={json.dumps(value) if isinstance(value, dict) else value}")
-    return found
+                found.append(f"{flag}={json.dumps(value, default=str) if isinstance(value, dict) else value}")
+    return found, values
 
 
 def _name_or_sizes(text: str) -> str | dict[str, Any]:
-    return json.loads(text) if text.startswith("{") else text
+    try:
+        return parsed(text, "the model's sizes") if text.startswith("{") else text
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _lines(path: str) -> list[str]:
@@ -321,8 +330,9 @@ def _lines(path: str) -> list[str]:
 
 
 def _one_line(error: BaseException) -> str:
-    """The message on one line; of a very long one (it may quote its input) both ends."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """The message on one line, in which nothing steers the terminal; of a very long one (it may quote its input) both ends."""
+    text = " ".join(str(error).split()) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     return text if len(text) <= 600 else f"{text[:290]} [...] {text[-290:]}"
 
 

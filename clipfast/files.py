@@ -1,8 +1,9 @@
-"""What is written so that a failure leaves nothing half done."""
+"""What is written so that a failure leaves nothing half done, and what others wrote, read."""
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import socket
@@ -11,7 +12,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 try:
     import fcntl
@@ -136,3 +142,33 @@ def _let_go() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
+# ---- JSON and TOML that anybody may have written
+
+LARGEST = 64 << 20  # bytes of a configuration: as values it takes up to thirty times that
+
+
+def parsed(text: str | bytes, where: object, kind: type = dict, form: str = "JSON") -> Any:
+    """The object (or list, by `kind`) that a text of JSON or TOML holds; ValueError in one line where it holds none."""
+    expected = f"{where}: expected a {form} {'list' if kind is list else 'object' if form == 'JSON' else 'file'}"
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(text) if form == "JSON" else tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(f"{expected}, got one that is nested too deeply; mend it, or fetch it again") from None
+    except ValueError as error:
+        raise ValueError(f"{expected}, got {first_line(error)}; mend it, or fetch it again") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{expected}, got {type(value).__name__}; mend it, or fetch it again")
+    return value
+
+
+def read_parsed(path: str | Path, kind: type = dict, form: str = "JSON") -> Any:
+    """`parsed` of a file; OSError where it cannot be read."""
+    with open(path, "rb") as file:
+        if len(text := file.read(LARGEST + 1)) > LARGEST:
+            raise ValueError(f"{path}: expected {form} of at most {LARGEST >> 20} MB, got more; is it another file?")
+    return parsed(text, path, kind, form)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -10,9 +10,9 @@ from clipfast.data.batches import (
     read_images,
     training_batches,
 )  # fmt: skip
-from clipfast.data.sources import Sample, Shards, Source, from_arrays, read_folder, read_table
+from clipfast.data.sources import FromFile, Sample, Shards, Source, from_arrays, read_folder, read_table
 
 __all__ = [
-    "DRAFT", "UNREADABLE", "Batch", "DataConfig", "Sample", "Shards", "Source", "Tally", "from_arrays", "random_square",
-    "read_folder", "read_images", "read_table", "training_batches",
+    "DRAFT", "UNREADABLE", "Batch", "DataConfig", "FromFile", "Sample", "Shards", "Source", "Tally", "from_arrays",
+    "random_square", "read_folder", "read_images", "read_table", "training_batches",
 ]  # fmt: skip

@@ -24,9 +24,17 @@ from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
 from clipfast.data.samples import IMAGES, Sample, text_of
+from clipfast.files import first_line
 
 log = logging.getLogger(__name__)
+# What an address out of a file may be: neither a command nor one of fsspec's protocols that run programs or read other files.
+REMOTE = ("file", "http", "https", "s3", "s3a", "gs", "gcs", "hf", "az", "abfs", "abfss", "oss", "hdfs", "webhdfs")
+MOST = 10_000_000  # shards that braces may stand for
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # key and field: a file's name is cut at its first dot
+
+
+class FromFile(str):
+    """An address that was read out of a file: nobody has typed it, so it runs no command."""
 
 
 class Shards:
@@ -34,6 +42,7 @@ class Shards:
 
     `urls`: paths, folders of tars (as img2dataset leaves them), `pipe:` commands, http(s): or what fsspec reads (s3://, gs://,
     hf://, ...); a string may hold braces (`data/{000..009}.tar`), wildcards (`data/*.tar`) and several joined by `::`.
+    A `FromFile` may be a path or an address of `REMOTE`, and no command.
     image_field, caption_field: other names of these fields, as `input.jpg` of `<key>.input.jpg`; several are joined by `;`.
     caption_key: where in the metadata the caption is, if it has no field.
     label_field: field of a NumPy array of labels, as clip_benchmark's npy of images with several; it becomes meta["labels"].
@@ -55,7 +64,11 @@ class Shards:
         max_member: int = 256,
         max_unpacked: int = 65536,
     ) -> None:
-        self.urls = list(chain.from_iterable(map(_found, expand_urls(urls) if isinstance(urls, str) else map(str, urls))))
+        given = _expanded(urls) if isinstance(urls, str) else [*urls]
+        for url in given:
+            if isinstance(urls, FromFile) or isinstance(url, FromFile):
+                check_address(url)
+        self.urls = list(chain.from_iterable(map(_found, map(str, given))))
         self.parts = len(self.urls)
         self.buffer = buffer  # samples held in memory to be shuffled
         self.images = tuple(image_field.lower().split(";")) if image_field else IMAGES
@@ -102,8 +115,9 @@ class Shards:
                 meta["class"] = int(fields["cls"])
             if self.label_field in fields:
                 meta["labels"] = np.load(io.BytesIO(fields[self.label_field]), allow_pickle=False).tolist()
-        except (ValueError, TypeError) as error:
-            return Sample(key, None, None, {}, f"expected a JSON object, an integer class and an array of labels, got {error}")
+        except Exception as error:  # whatever damaged fields make their readers raise: it costs no other sample
+            told = f"{type(error).__name__}: {first_line(error)}"
+            return Sample(key, None, None, {}, f"expected a JSON object, an integer class and an array of labels, got {told}")
         written = next((fields[kind].decode("utf-8", "replace") for kind in self.captions if kind in fields), None)
         caption = text_of(meta.get(self.caption_key)) if written is None else written
         return Sample(key, image, caption, meta, fields=tuple(sorted(fields)))
@@ -111,11 +125,37 @@ class Shards:
 
 def tars_in(folder: str | Path) -> list[str]:
     """The tars of a folder, in order."""
-    return [str(path) for path in sorted(Path(folder).iterdir()) if re.search(r"\.tar(\.(gz|bz2|xz))?$", path.name.lower())]
+    names = sorted(path for path in Path(folder).iterdir() if re.search(r"\.tar(\.(gz|bz2|xz))?$", path.name.lower()))
+    return [_local(str(path)) for path in names]
+
+
+def _local(path: str) -> str:
+    """A path that nobody takes for an address: a file may be called pipe:, too."""
+    return f"./{path}" if _scheme(path) else path
 
 
 def _scheme(url: str) -> str:
-    return (re.match(r"([a-z0-9]+):", url) or ["", ""])[1]
+    return (re.match(r"([A-Za-z0-9+.-]+):", url) or ["", ""])[1].lower()
+
+
+def check_address(url: str) -> None:
+    """ValueError where an address that was read out of a file may not be one."""
+    if _scheme(url) and (_scheme(url) not in REMOTE or "::" in url):
+        told = f"expected a path or an address of {', '.join(REMOTE)} in a file"
+        raise ValueError(f"{told}, got {url[:200]!r}; a command (pipe:) and other addresses are typed in the command line")
+
+
+def _expanded(urls: str) -> list[str]:
+    """What braces stand for, counted before they are spelt out."""
+    count = 1
+    for first, last in re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})[.}]", urls):
+        count *= abs(int(last) - int(first)) + 1
+    if count > MOST:
+        raise ValueError(f"expected braces that stand for at most {MOST:,} shards, got {count:,}: {urls[:200]}")
+    try:
+        return expand_urls(urls)
+    except AssertionError as error:  # webdataset's: ${NAME} is the environment's WDS_NAME
+        raise ValueError(f"{urls[:200]}: expected variables that are set, got {error}") from error
 
 
 def _found(url: str) -> list[str]:
@@ -124,11 +164,13 @@ def _found(url: str) -> list[str]:
         return [url]
     if Path(url).is_dir():
         return tars_in(url) or [url]
-    return (sorted(glob.glob(url)) if glob.has_magic(url) else []) or [url]
+    return (list(map(_local, sorted(glob.glob(url)))) if glob.has_magic(url) else []) or [url]
 
 
 def _open_url(url: str) -> IO[bytes]:
-    if _scheme(url) in ("", "pipe", "http", "https"):
+    if not _scheme(url):
+        return open(url, "rb")
+    if _scheme(url) in ("pipe", "http", "https"):
         return gopen(url)
     import fsspec
 

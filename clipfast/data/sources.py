@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from clipfast.data.samples import IMAGES, Rows, Sample, Source, no_caption, stored, text_of
-from clipfast.data.shards import Shards, tars_in
+from clipfast.data.shards import FromFile, Shards, check_address, tars_in
 from clipfast.data.tables import TABLES, read_table
 
 __all__ = [
-    "IMAGES", "TABLES", "Rows", "Sample", "Shards", "Source", "from_arrays", "no_caption", "read_folder", "read_table",
-    "stored", "tars_in",
+    "IMAGES", "TABLES", "FromFile", "Rows", "Sample", "Shards", "Source", "check_address", "from_arrays", "no_caption",
+    "read_folder", "read_table", "stored", "tars_in",
 ]  # fmt: skip
 
 

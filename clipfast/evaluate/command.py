@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from clipfast.evaluate.probe import README_PENALTY, Head
 from clipfast.evaluate.robustness import robustness
 from clipfast.evaluate.suite import Suite, identity, run_suite, table
 from clipfast.evaluate.tasks import Bench, unprojected
-from clipfast.files import output_folder, replacing
+from clipfast.files import output_folder, read_parsed, replacing
 from clipfast.inputs import Preprocess, read_image
 from clipfast.model import CLIP
 
@@ -117,9 +116,9 @@ def _bias(bench: Bench, path: str) -> dict[str, Any]:
     """DATA is a table with attribute columns beside the image's."""
     if not path:
         raise ValueError("expected --designs, a JSON file of designs and groups of labels, for bias")
-    given = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(given, dict) or not {"designs", "groups"} <= given.keys():
-        raise ValueError(f"{path}: expected an object with designs and groups")
+    given = read_parsed(path)
+    if not isinstance(given.get("designs"), dict) or not isinstance(given.get("groups"), dict):
+        raise ValueError(f"{path}: expected an object with designs and groups, each an object; got {sorted(given)}")
     reader = bench.data.reader
     by_key = {row[reader.image_column]: row for row in _attributes(reader)}
     found = bench.images("test")

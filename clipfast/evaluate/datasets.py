@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -13,10 +12,11 @@ import torch
 from torch import Tensor
 
 from clipfast.data import DataConfig, Shards
-from clipfast.data.sources import Source, tars_in
+from clipfast.data.sources import FromFile, Source, check_address, tars_in
 from clipfast.evaluate import metrics
 from clipfast.evaluate.features import encode_texts
 from clipfast.evaluate.zero_shot import TEMPLATES, Template, prompt, zero_shot_weights
+from clipfast.files import parsed
 from clipfast.model import CLIP
 
 TASKS = ("zero-shot", "probe", "few-shot", "retrieval")
@@ -75,18 +75,26 @@ class EvalSet:
         known = {own.name for own in fields(cls)} - {"reader"}
         if "name" not in entry or entry.keys() - known:
             raise ValueError(f"expected a data set with a name and fields of {', '.join(sorted(known))}, got {sorted(entry)}")
-        given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+        lists, given = {"tasks", "classes", "templates"}, dict[str, Any]()
+        for key, value in entry.items():
+            alike = isinstance(value, list) and key in lists and all(isinstance(own, str) for own in value)
+            if not (alike or (isinstance(value, str) and key != "tasks")):
+                text = f"text{' or a list of it' * (key in lists)}"
+                raise ValueError(f"expected {key} of a data set to be {text}, got {value!r:.60}; mend the suite")
+            given[key] = tuple(value) if isinstance(value, list) else FromFile(value)
         return cls(**given)
 
     def path(self, split: str) -> str:
         own = getattr(self, split)
-        return own or (f"{self.root.rstrip('/')}/{split}" if self.root and split != "validation" else "")
+        return own or (type(self.root)(f"{self.root.rstrip('/')}/{split}") if self.root and split != "validation" else "")
 
     def open(self, split: str) -> Source:
         if not (path := self.path(split)):
             raise ValueError(f"{self.name}: expected its {split} split, got none; name it")
         label = "npy" if self.metric in MULTILABEL else ""
         if "://" in path:
+            if isinstance(path, FromFile):
+                check_address(path)
             return Shards(_listed(path) if not path.endswith(".tar") else path, label_field=label)
         if Path(path).is_dir() and (tars := tars_in(path)):
             return Shards(tars, label_field=label)
@@ -105,7 +113,8 @@ class EvalSet:
     def prompts(self) -> list[Template] | dict[str, list[str]]:
         """Templates; or, where a JSON object says so, the prompts of each class."""
         if isinstance(self.templates, str) and self.templates.endswith(".json"):
-            found = json.loads(read_text(self.templates))
+            text = read_text(self.templates)
+            found = parsed(text, self.templates, list if text.lstrip().startswith("[") else dict)
             lists = [*found.values()] if isinstance(found, dict) else [found]
             if not lists or not all(isinstance(own, list) and own and all(isinstance(t, str) for t in own) for own in lists):
                 raise ValueError(f"{self.templates}: expected a list of templates, or prompts by class, none of them empty")
@@ -118,7 +127,7 @@ class EvalSet:
         if given:
             return lines(read_text(given))
         try:
-            return lines(read_text(f"{self.root.rstrip('/')}/{beside}")) if self.root else []
+            return lines(read_text(type(self.root)(f"{self.root.rstrip('/')}/{beside}"))) if self.root else []
         except FileNotFoundError:
             return []
 
@@ -130,6 +139,8 @@ def lines(text: str) -> list[str]:
 def read_text(path: str) -> str:
     if "://" not in path:
         return Path(path).read_text(encoding="utf-8")
+    if isinstance(path, FromFile):
+        check_address(path)
     import fsspec
 
     with fsspec.open(path, "rt", encoding="utf-8") as file:

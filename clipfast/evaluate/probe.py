@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from clipfast.evaluate import metrics
 from clipfast.evaluate.lbfgs import Fit, Moments, Rows, logistic, moments
 from clipfast.evaluate.metrics import Array, array, needed, paired
-from clipfast.files import output_folder, replacing
+from clipfast.files import output_folder, read_parsed, replacing
 
 PENALTIES = 10.0 ** (np.arange(97) / 8 - 6)  # 1e-6 to 1e6, 8 steps a decade
 README_PENALTY = 1 / 0.316
@@ -64,13 +65,20 @@ class Head(NamedTuple):
     @classmethod
     def load(cls, folder: str | Path) -> Head:
         try:
-            about = json.loads((Path(folder) / "head.json").read_text())
+            about = read_parsed(Path(folder) / "head.json")
             tensors = load_file(Path(folder) / "head.safetensors")
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"expected head.json and head.safetensors in {folder}, got no {Path(error.filename).name}; fit a probe first"
             ) from error
-        head = cls(tensors["weight"], tensors["bias"], about["classes"], about["about"])
+        except SafetensorError as error:
+            raise ValueError(
+                f"{folder}: expected head.safetensors as it was written, got {error}; fit the probe again"
+            ) from error
+        classes, told, absent = about.get("classes"), about.get("about"), torch.zeros(())
+        head = cls(tensors.get("weight", absent), tensors.get("bias", absent), classes, told)  # type: ignore[arg-type]
+        if not isinstance(classes, list) or not isinstance(told, dict) or (head.weight.ndim, head.bias.ndim) != (2, 1):
+            raise ValueError(f"{folder}: expected weight, bias, classes and about of a head, got others; fit the probe again")
         if not len(head.weight) == len(head.bias) == len(head.classes):
             raise ValueError(
                 f"{folder}: expected a row of weights for each of {len(head.classes)} classes, got {len(head.weight)}"

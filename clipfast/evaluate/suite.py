@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,14 +13,9 @@ from typing import Any
 from clipfast.evaluate.datasets import TASKS, EvalSet
 from clipfast.evaluate.robustness import robustness
 from clipfast.evaluate.tasks import Bench
-from clipfast.files import output_folder, replacing
+from clipfast.files import output_folder, read_parsed, replacing
 from clipfast.inputs import Preprocess
 from clipfast.model import CLIP
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PAPER = Path(__file__).with_name("paper.toml")
 Row = dict[str, Any]
@@ -43,20 +37,27 @@ class Suite:
     def read(cls, path: str | Path) -> Suite:
         """A TOML file with [[dataset]] tables; "paper" is the paper's. Relative paths in it are relative to it."""
         file = PAPER if str(path) == "paper" else Path(path)
-        try:
-            given = tomllib.loads(file.read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{file}: expected a TOML file of data sets: {error}") from error
+        given = read_parsed(file, form="TOML")
         known = {"dataset", "standard", "compute", "point"}
-        if not given.get("dataset") or given.keys() - known:
+        tables = given.get("dataset")
+        if not isinstance(tables, list) or not all(isinstance(own, dict) for own in tables) or given.keys() - known:
             raise ValueError(f"{file}: expected [[dataset]] tables, and of the rest {sorted(known)}; got {sorted(given)}")
-        datasets = [EvalSet.of(_beside(entry, file.parent)) for entry in given["dataset"]]
+        datasets = [EvalSet.of(_beside(entry, file.parent)) for entry in tables]
         if len({data.name for data in datasets}) != len(datasets):
             raise ValueError(f"{file}: expected each data set once, got {[data.name for data in datasets]}")
-        points = given.get("point", [])
-        if bad := [point for point in points if point.keys() != {"model", "dataset", "task", "score"}]:
-            raise ValueError(f"{file}: expected points of model, dataset, task and score, got {bad[0]}")
-        return cls(datasets, given.get("standard", []), given.get("compute", {}), points)
+        points, standard, compute = given.get("point", []), given.get("standard", []), given.get("compute", {})
+        if not isinstance(points, list) or not all(map(_is_point, points)):
+            raise ValueError(f"{file}: expected points of model, dataset, task and score, got {points!r:.200}")
+        if not isinstance(standard, list) or not all(isinstance(name, str) for name in standard):
+            raise ValueError(f"{file}: expected standard to be a list of names, got {standard!r:.60}")
+        if not isinstance(compute, dict) or not all(type(value) in (int, float) for value in compute.values()):
+            raise ValueError(f"{file}: expected compute to be a number for each model, got {compute!r:.60}")
+        return cls(datasets, standard, compute, points)
+
+
+def _is_point(point: Any) -> bool:
+    kinds = {"model": (str,), "dataset": (str,), "task": (str,), "score": (int, float)}
+    return isinstance(point, dict) and point.keys() == kinds.keys() and all(type(v) in kinds[k] for k, v in point.items())
 
 
 def _beside(entry: Row, folder: Path) -> Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
+from clipfast.files import first_line, read_parsed
 from clipfast.inputs.tokenizer import END, START, basic_clean, tokenize
 
 Find = Callable[[str], Path | None]  # the path of a file of a checkpoint by its name, or None
@@ -29,6 +29,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
     "Gemma": {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "padding_side": "left"},
     "Siglip2": {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "padding_side": "left"},
 }
+LONGEST = 1 << 16  # tokens of a context that a configuration may ask for
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -83,6 +84,10 @@ class HFTokenizer:
             "pad_token": _text(settings["pad_token"]),
         }
         self._cut = settings.get("truncation_side", "right")
+        try:
+            self("")  # what a configuration has wrong is told now
+        except Exception as error:
+            raise ValueError(f"{where}: expected a tokenizer that can be run, got {first_line(error)}") from error
 
     def _id(self, where: str, field: str, settings: Mapping[str, Any]) -> int:
         token = _text(settings.get(field))
@@ -121,7 +126,16 @@ def get_tokenizer(
 
     OpenAI's `tokenize` (int32, cut to the length as open_clip does) where the files name no other.
     """
-    find = find or in_folder(where)
+    try:
+        return _get_tokenizer(where, context_length, find or in_folder(where), hub)
+    except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
+        fault = f"a field of its configuration has another type or value than its library writes ({first_line(error)})"
+        raise ValueError(f"{where}: {fault}: download or copy it again") from error
+
+
+def _get_tokenizer(
+    where: str | Path, context_length: int | None, find: Find, hub: Callable[[str], Find] | None
+) -> TokenizeFunction:
     text = _json(find, "open_clip_config.json")
     if text:
         text = (text.get("model_cfg") or text).get("text_cfg") or {}
@@ -129,15 +143,15 @@ def get_tokenizer(
     names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
     if not any(find(name) for name in names):
         return Truncating(context_length or 77)
-    length = context_length or (_json(find, "config.json").get("text_config") or {}).get("max_position_embeddings")
-    return HFTokenizer(find, length or 77, clean="")
+    told = (_json(find, "config.json").get("text_config") or {}).get("max_position_embeddings")
+    return HFTokenizer(find, context_length or _length(where, told or 77), clean="")
 
 
 def _open_clip_tokenizer(
     where: str, length: int | None, text: Mapping[str, Any], find: Find, hub: Callable[[str], Find] | None
 ) -> TokenizeFunction:
     options, name = dict(text.get("tokenizer_kwargs") or {}), text.get("hf_tokenizer_name")
-    length = length or text.get("context_length") or 77
+    length = length or _length(where, text.get("context_length") or 77)
     known = ("clean", "strip_sep_token") if name else ()
     wrong = next((key for key in options if key not in known and (name or (key, options[key]) != ("clean", "lower"))), None)
     if wrong or text.get("tokenizer_mode"):
@@ -155,6 +169,14 @@ def _open_clip_tokenizer(
             )
         find = hub(name)
     return HFTokenizer(find, length, **options)
+
+
+def _length(where: object, told: Any) -> int:
+    if not isinstance(told, int) or not 2 <= told <= LONGEST:
+        raise ValueError(
+            f"{where}: expected a context length from 2 to {LONGEST:,}, got {str(told)[:60]}; pass context_length="
+        )
+    return told
 
 
 class Truncating:
@@ -183,8 +205,10 @@ def _from_file(where: str, find: Find, kind: str, settings: Mapping[str, Any]) -
         )
     try:
         tokenizer = Tokenizer.from_file(os.fspath(path))
-    except Exception as error:  # noqa: BLE001 - tokenizers raises no other
-        raise ValueError(f"{path}: expected a tokenizer of the package tokenizers, got: {error}") from error
+    except BaseException as error:  # a panic of its Rust is no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise ValueError(f"{path}: expected a tokenizer of the package tokenizers, got: {first_line(error)}") from error
     if kind == "Bert" and isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
         tokenizer.normalizer.lowercase = settings.get("do_lower_case", True)
         tokenizer.normalizer.handle_chinese_chars = settings.get("tokenize_chinese_chars", True)
@@ -244,9 +268,4 @@ def _text(token: Any) -> str:
 
 def _json(find: Find, name: str) -> dict[str, Any]:
     """A file's object, {} where there is none."""
-    if not (path := find(name)):
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: expected a JSON object, got: {error}") from error
+    return read_parsed(path) if (path := find(name)) else {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import math
 import os
+import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -38,6 +40,7 @@ try:
 except ImportError:
     simplejpeg = None
 
+LARGEST = 1 << 30  # bytes of an image's file
 JPEG = b"\xff\xd8\xff"  # how a JPEG begins
 # What is opened, by Pillow's own decoders. Never all that Pillow knows: an EPS under any name would start Ghostscript.
 FORMATS = ("Jpeg", "Png", "WebP", "Bmp", "Gif", "Tiff", "Ppm", "Avif", "Jpeg2K", "Ico")
@@ -105,6 +108,9 @@ def _contents(source: Any) -> tuple[str, bytes]:
         return f"{len(source)} bytes", bytes(source)
     name = os.fspath(source)
     try:
+        # A table may name a pipe or a device, which never ends, or a file without an end that matters.
+        if not stat.S_ISREG((about := os.stat(source)).st_mode) and not stat.S_ISDIR(about.st_mode) or about.st_size > LARGEST:
+            raise OSError(errno.EINVAL, f"expected a file of at most {LARGEST >> 20} MB, got another kind or a larger one")
         return name, Path(source).read_bytes()  # at once: Pillow would keep the file of an animated image open
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: expected an image, found no such file") from None

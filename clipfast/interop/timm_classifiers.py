@@ -19,11 +19,14 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from clipfast.files import read_parsed
 from clipfast.inputs import Preprocess
 from clipfast.inputs.processors import IMAGENET_MEAN, IMAGENET_STD
 from clipfast.interop.accelerate import accelerate
-from clipfast.weights.files import read, read_json
+from clipfast.weights.files import read
+from clipfast.weights.hub import check_repository
 
+LOADING = ("pretrained", "checkpoint", "cache", "pruned")  # beginnings of arguments by which timm would read other files
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a folder of timm's
 # MMPretrain's keys -> timm's.
 _BLOCK = {"ln1": "norm1", "ln2": "norm2", "ffn.layers.0.0": "mlp.fc1", "ffn.layers.1": "mlp.fc2"}
@@ -56,7 +59,9 @@ def load_classifier(source: str | Path, device: str | torch.device | None = None
         path = next((path / name for name in WEIGHTS if (path / name).is_file()), path / WEIGHTS[0])
     if path.is_file():
         model, preprocess = _from_file(path)
-    elif str(source).partition(":")[0] == "hf-hub" or timm.is_model_pretrained(str(source)):
+    elif str(source).startswith("hf-hub:") or timm.is_model_pretrained(str(source)):
+        if str(source).startswith("hf-hub:"):
+            check_repository(str(source).removeprefix("hf-hub:"))
         model = timm.create_model(str(source), pretrained=True)
         preprocess = Preprocess.from_timm(model.pretrained_cfg)  # type: ignore[arg-type]
     else:
@@ -134,7 +139,7 @@ def mmpretrain_model(state: Mapping[str, Tensor]) -> VisionTransformer:
 def _timm_model(path: Path) -> tuple[nn.Module, Preprocess]:
     """The model whose weights a file of timm's has, without them, and its transform."""
     beside = path.parent / "config.json"
-    config = read_json(beside) if beside.is_file() else {}
+    config = read_parsed(beside) if beside.is_file() else {}
     name = config.get("architecture")
     if not isinstance(name, str) or not timm.is_model(name):
         name, config = path.stem, {}
@@ -145,7 +150,11 @@ def _timm_model(path: Path) -> tuple[nn.Module, Preprocess]:
             )
     known: Any = timm.get_pretrained_cfg(name)
     cfg = config.get("pretrained_cfg") or (config if "input_size" in config else known.to_dict())
-    options = {"num_classes": config.get("num_classes", known.num_classes)} | config.get("model_args", {})
+    given = config.get("model_args") or {}
+    if not isinstance(given, dict) or (wrong := [field for field in given if field.startswith(LOADING)]):
+        told = wrong if isinstance(given, dict) else type(given).__name__
+        raise ValueError(f"{beside}: model_args: expected arguments of the model's shape, got {told}; leave them out")
+    options = {"num_classes": config.get("num_classes", known.num_classes)} | given
     with torch.device("meta"):
         model = timm.create_model(name, **options)
     if dict(model.named_buffers()).keys() - model.state_dict().keys():  # numbers that no file has

@@ -18,6 +18,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from clipfast.files import first_line, parsed
 from clipfast.weights.archive import Archive, Stored
 
 _CALLS: tuple[set[str], ...] = ({"quick_gelu"}, {"gelu"})
@@ -53,22 +54,6 @@ def read(path: Path) -> Checkpoint:
         expected = "expected a TorchScript archive, PyTorch checkpoint or safetensors file"
         got = f"got {path.stat().st_size} bytes that are none, or cut short ({first_line(error)})"
         raise ValueError(f"{path}: {expected}, {got}: download or copy the file again") from error
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def read_json(path: Path, kind: type = dict) -> Any:
-    """The object, or list, in a file of JSON; ValueError where there is none."""
-    expected = f"{path}: expected a JSON {'object' if kind is dict else 'list'}"
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{expected} ({first_line(error)}): download or copy the file again") from error
-    if not isinstance(value, kind):
-        raise ValueError(f"{expected} (got {type(value).__name__}): download or copy the file again")
-    return value
 
 
 class _NoMappingError(ValueError):
@@ -121,7 +106,4 @@ def _safetensors(path: Path) -> Checkpoint:
                 stream.seek(8 + size + start)
                 stream.readinto(data.numpy())  # type: ignore[attr-defined, arg-type]
                 state[name] = data.view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
-    config = json.loads(told) if told else {}
-    if not isinstance(config, dict):
-        raise _NoMappingError(f"expected model_config to be a mapping, got {type(config).__name__}")
-    return Checkpoint(state, config)
+    return Checkpoint(state, parsed(told, "its model_config") if told else {})

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+from clipfast.files import first_line, read_parsed
 from clipfast.inputs import Preprocess
-from clipfast.weights.files import first_line, read, read_json
+from clipfast.weights.files import read
 from clipfast.weights.hub import Find
 from clipfast.weights.names import Sizes, State
 from clipfast.weights.open_clip import from_open_clip
@@ -35,9 +36,9 @@ def from_folder(where: str, find: Find) -> Found:
 def _from_folder(where: str, find: Find) -> Found:
     where, find = inner(where, find)
     if path := find("open_clip_config.json"):
-        return _open_clip(where, find, read_json(path))
+        return _open_clip(where, find, read_parsed(path))
     if path := find("config.json"):
-        return _transformers(where, find, read_json(path))
+        return _transformers(where, find, read_parsed(path))
     raise FileNotFoundError(
         f"{where}: found neither open_clip_config.json nor config.json: without a network place in a folder, and load "
         "it, open_clip_config.json and open_clip_model.safetensors (or open_clip_pytorch_model.bin), or config.json and "
@@ -50,7 +51,8 @@ def inner(where: str, find: Find) -> tuple[str, Find]:
     if find("open_clip_config.json") or find("config.json") or not (path := find("modules.json")):
         return where, find
     kinds = (".CLIPModel", ".Transformer")
-    folders = [module["path"] for module in read_json(path, list) if str(module.get("type", "")).endswith(kinds)]
+    modules = [module for module in read_parsed(path, list) if isinstance(module, dict)]
+    folders = [str(module.get("path", "")) for module in modules if str(module.get("type", "")).endswith(kinds)]
     if len(folders) != 1 or not folders[0] or not _inside(folders[0]) or not find(f"{folders[0]}/config.json"):
         return where, find
     return f"{where}/{folders[0]}", lambda file: find(f"{folders[0]}/{file}")
@@ -72,10 +74,10 @@ def _transformers(where: str, find: Find, config: dict[str, Any]) -> Found:
     preprocess = None
     for file in ("preprocessor_config.json", "processor_config.json"):
         if preprocess is None and "image_resolution" in sizes and (path := find(file)):
-            told, side = read_json(path), sizes["image_resolution"]
+            told, side = read_parsed(path), sizes["image_resolution"]
             told = {"size": {"shortest_edge": side}, "crop_size": side} | (told.get("image_processor") or told)
             preprocess = _preprocess(f"{where}/{file}", told, sizes)
-    kind = (read_json(path).get("tokenizer_class") if (path := find("tokenizer_config.json")) else None) or "CLIPTokenizer"
+    kind = (read_parsed(path).get("tokenizer_class") if (path := find("tokenizer_config.json")) else None) or "CLIPTokenizer"
     other = {} if str(kind).startswith("CLIPTokenizer") else {"tokenizer_class": kind}
     return Found(sizes, state, preprocess, _tokenizer(other, sizes))
 
@@ -105,7 +107,7 @@ def _weights(where: str, find: Find, *names: str) -> State:
             return read(path).state
         if index := find(f"{name}.index.json"):
             state: State = {}
-            for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
+            for shard in sorted(set(read_parsed(index).get("weight_map", {}).values())):
                 if not _inside(shard):
                     raise ValueError(f"{where}: {index.name} lists {shard!r}, expected a file beside it")
                 if not (path := find(shard)):
@@ -118,4 +120,4 @@ def _weights(where: str, find: Find, *names: str) -> State:
 def _inside(path: str) -> bool:
     """Whether a path of a configuration stays within its folder."""
     parts = PurePosixPath(path.replace("\\", "/"))
-    return not parts.is_absolute() and ".." not in parts.parts and ":" not in path
+    return not parts.is_absolute() and ".." not in parts.parts and ":" not in path and "\0" not in path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import urllib.error
 import urllib.request
 import warnings
@@ -13,8 +14,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from clipfast.weights.files import first_line
+from clipfast.files import first_line
 
+REPOSITORY = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", re.ASCII)
+REVISION = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95}){0,8}", re.ASCII)  # a branch, a tag, a commit, refs/pr/1
 Find = Callable[[str], Path | None]  # file name -> where it lies; None when the folder or repository has none
 
 URLS = {  # the last but one part of an address is the SHA-256 of the archive
@@ -82,12 +85,21 @@ def _fetch(url: str, partial: Path) -> str:
     return digest.hexdigest()
 
 
+def check_repository(repository: str) -> None:
+    """OSError for a name that is none: huggingface_hub makes a path of the revision, which could climb out of its cache."""
+    repo_id, _, revision = repository.partition("@")
+    if not REPOSITORY.fullmatch(repo_id) or not (REVISION.fullmatch(revision) or not revision) or ".." in repository:
+        expected = "expected organisation/name, or organisation/name@revision, of letters, digits, '-', '_' and '.'"
+        raise OSError(f"hf-hub:{repository[:200]!r}: {expected}: check the name")
+
+
 def hub_finder(repository: str, cache: str | None) -> Find:
     """Finds files through huggingface_hub: its cache, tokens, mirrors and HF_HUB_OFFLINE apply."""
     from huggingface_hub import hf_hub_download  # here, as its import takes longer than all of clipfast's
     from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     repo_id, _, revision = repository.partition("@")
+    check_repository(repository)
     offline = False
 
     def find(file: str) -> Path | None:

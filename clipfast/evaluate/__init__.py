@@ -6,9 +6,16 @@ from clipfast.evaluate.features import encode_images, encode_texts
 from clipfast.evaluate.retrieval import retrieval, retrieval_source
 from clipfast.evaluate.suite import Suite, run_suite
 from clipfast.evaluate.tasks import Bench
-from clipfast.evaluate.zero_shot import TEMPLATES, classify, zero_shot, zero_shot_source, zero_shot_weights
+from clipfast.evaluate.zero_shot import (
+    TEMPLATES,
+    class_likelihoods,
+    classify,
+    zero_shot,
+    zero_shot_source,
+    zero_shot_weights,
+)  # fmt: skip
 
 __all__ = [
-    "Bench", "EvalSet", "Suite", "TEMPLATES", "classify", "embed", "encode_images", "encode_texts", "retrieval",
-    "retrieval_source", "run_suite", "zero_shot", "zero_shot_source", "zero_shot_weights",
+    "Bench", "EvalSet", "Suite", "TEMPLATES", "class_likelihoods", "classify", "embed", "encode_images", "encode_texts",
+    "retrieval", "retrieval_source", "run_suite", "zero_shot", "zero_shot_source", "zero_shot_weights",
 ]  # fmt: skip

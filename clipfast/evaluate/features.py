@@ -30,6 +30,9 @@ def inference(model: CLIP) -> Iterator[torch.device]:
 
 def encode_texts(model: CLIP, texts: Sequence[str], *, truncate: bool = True, batch_size: int = 256) -> Tensor:
     """Normalised text features [len(texts), D], float32."""
+    if getattr(model, "objective", "") in ("words", "caption"):
+        told = f"expected a contrastive model for text features, got one that predicts the {model.objective}"
+        raise ValueError(f"{told}; score texts with clipfast.evaluate.class_likelihoods")
     with inference(model) as device:
         features = []
         for start in range(0, len(texts), batch_size):

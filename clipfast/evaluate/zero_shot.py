@@ -13,7 +13,8 @@ from torch import Tensor
 
 from clipfast.data.sources import Source
 from clipfast.evaluate.features import encode_images, encode_texts, inference, together
-from clipfast.evaluate.metrics import best_ranks, share
+from clipfast.evaluate.likelihood import text_likelihoods
+from clipfast.evaluate.metrics import best_ranks, share, top_k
 from clipfast.inputs import Preprocess
 from clipfast.model import CLIP
 from clipfast.train.job import ALONE, Job
@@ -44,6 +45,16 @@ def zero_shot_weights(
     prompts = [prompt(template, name) for name in class_names for template in templates]
     features = encode_texts(model, prompts, batch_size=batch_size).view(len(class_names), len(templates), -1)
     return torch.nn.functional.normalize(features.mean(1), dim=-1)
+
+
+def class_likelihoods(
+    model: CLIP, features: Tensor, class_names: Sequence[str], templates: Sequence[Template] | Template = TEMPLATES
+) -> Tensor:
+    """[N, classes] float32 on the CPU, of a model that predicts words or captions: the log-likelihood of each class's prompt
+    given the image features [N, D], the mean over the templates."""
+    templates = [templates] if isinstance(templates, str) or callable(templates) else list(templates)
+    texts = [prompt(template, name) for name in class_names for template in templates]
+    return text_likelihoods(model, features, texts).view(len(features), len(class_names), -1).mean(2)
 
 
 def prompt(template: Template, name: str) -> str:
@@ -129,11 +140,12 @@ def zero_shot_source(
     def hits() -> Counter[str]:
         if not labels:
             return Counter()
-        targets, weights = (
-            torch.tensor([index[label] for label in labels]),
-            zero_shot_weights(model, [*named.values()], templates),
-        )
-        found = zero_shot(torch.cat(features), weights, targets)
+        targets, images, names = torch.tensor([index[label] for label in labels]), torch.cat(features), [*named.values()]
+        if model.objective in ("words", "caption"):
+            scores = class_likelihoods(model, images, names, templates)
+            found = {f"top{k}": top_k(scores, targets, k) for k in (1, 5)}
+        else:
+            found = zero_shot(images, zero_shot_weights(model, names, templates), targets)
         return Counter({name: round(share * len(labels)) for name, share in found.items()} | {"images": len(labels)})
 
     _, parts = together(job, hits, lambda found: found)

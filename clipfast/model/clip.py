@@ -60,8 +60,10 @@ class CLIP(nn.Module):
         vision_heads: heads of the image tower; None for 64 channels a head.
         vision: how the image tower differs from OpenAI's: arguments of ``VisionTransformer`` and of its blocks.
         text: how the text tower does: those of its blocks; ``causal`` (True); ``end_token``, where a text is read: None for its
-            largest id, an id for the first place of that, -1 for the last column.
+            largest id, an id for the first place of that, -1 for the last column; ``bag``: no transformer, a text is the
+            mean of its words' embeddings.
         logit_bias: what a model of the sigmoid loss starts its bias with; None: it has none.
+        predicts: what an image's features are trained to predict, "words" or the "caption" (see ``predict``); None: nothing.
     """
 
     output_dict = False  # open_clip's: whether ``forward`` gives features, scale and bias
@@ -71,10 +73,13 @@ class CLIP(nn.Module):
         vision_patch_size: int | None, context_length: int, vocab_size: int, transformer_width: int, transformer_heads: int,
         transformer_layers: int, *, quick_gelu: bool = True, vision_heads: int | None = None,
         vision: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None, logit_bias: float | None = None,
+        predicts: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.context_length, self.vocab_size, self.quick_gelu = context_length, vocab_size, quick_gelu
         self.vision_options, self.text_options = dict(vision or {}), dict(text or {})
+        self.bag = bool(self.text_options.get("bag", False))
+        transformer_layers = 0 if self.bag else transformer_layers
         vit = not isinstance(vision_layers, (tuple, list))
         width = vision_width if vit else 32 * vision_width  # where the image tower attends
         heads = vision_heads or width // 64
@@ -85,9 +90,11 @@ class CLIP(nn.Module):
             ("image_resolution", side, side > 0 if vit else side >= 32, "a positive number, of at least 32 for a ResNet"),
             ("vision_patch_size", vision_patch_size, not vit or 0 < patch <= side, f"1 to {side} for a ViT"),
             ("vision_heads", heads, heads > 0 and width % heads == 0, f"a divisor of {width}, the width of its attention"),
-            ("transformer_layers", transformer_layers, transformer_layers > 0, "a positive number"),
+            ("transformer_layers", transformer_layers, transformer_layers > 0 or self.bag, "a positive number"),
             ("transformer_heads", transformer_heads, transformer_heads > 0 and transformer_width % transformer_heads == 0,
              f"a divisor of transformer_width, {transformer_width}"),
+            ("predicts", predicts, predicts in (None, "words", "caption"), "words, caption or None"),
+            ("text", self.text_options, not (self.bag and predicts), "without bag beside predicts: nothing reads the bag"),
         ):  # fmt: skip
             if not fits:
                 raise ValueError(f"CLIP: expected {name} to be {expected}, got {got}")
@@ -100,6 +107,7 @@ class CLIP(nn.Module):
             self.visual = ModifiedResNet(tuple(layers), embed_dim, heads, side, vision_width, **self.vision_options)
         options = activation | self.text_options
         self.causal, self.end_token = options.pop("causal", True), options.pop("end_token", None)
+        options.pop("bag", None)
         mask = self.build_attention_mask() if self.causal else None
         self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, mask, **options)
         self.token_embedding = nn.Embedding(vocab_size, transformer_width)
@@ -108,7 +116,17 @@ class CLIP(nn.Module):
         self.text_projection: nn.Parameter | None = nn.Parameter(torch.empty(transformer_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(float(logit_bias)))
+        self.words = nn.Linear(embed_dim, vocab_size) if predicts == "words" else None
+        self.prefix = nn.Linear(embed_dim, transformer_width) if predicts == "caption" else None
         self.initialize_parameters()
+        self.positional_embedding.requires_grad_(not self.bag)  # a bag has no order
+
+    @property
+    def objective(self) -> str:
+        """What the model is made for: contrastive, bag, words or caption."""
+        if self.words is not None:
+            return "words"
+        return "caption" if self.prefix is not None else "bag" if self.bag else "contrastive"
 
     def initialize_parameters(self) -> None:
         """As the paper's code does: the text tower by GPT-2's rule, a ResNet's residual branches starting at zero."""
@@ -150,12 +168,21 @@ class CLIP(nn.Module):
             text: token ids, or what ``pack`` made of them (for ``torch.compile(model.encode_text, fullgraph=True)``).
             lengths: see ``pack``.
         """
-        if self._packs():
+        if self.bag:
+            features = self._project(self.ln_final(self._mean_of_words(text, lengths)))
+        elif self._packs():
             s, layout = self._embed_packed(text if isinstance(text, Packed) else self.pack(text, lengths))
             features = self._project(self.ln_final(self.transformer(Stream(s, None, layout))))
         else:
             features = self._encode_padded(*padded(text) if isinstance(text, Packed) else (text, lengths))
         return F.normalize(features, dim=-1) if normalize else features
+
+    def _mean_of_words(self, text: Tensor | Packed, lengths: Tensor | list[int] | None) -> Tensor:
+        """[B, C]: the mean embedding of what stands between the start and the end token; 0 for a text without words."""
+        ids, counts = padded(text if isinstance(text, Packed) else self.pack(text, lengths))
+        place = torch.arange(ids.shape[1], device=ids.device)
+        words = ((place > 0) & (place < counts[:, None] - 1)).to(self.dtype)
+        return (self.token_embedding(ids).to(self.dtype) * words[..., None]).sum(1) / words.sum(1, keepdim=True).clamp(min=1)
 
     def _packs(self) -> bool:
         """Whether the text tower may leave out what follows the end token, which under a causal mask cannot reach it: where
@@ -290,7 +317,7 @@ class CLIP(nn.Module):
             raise ValueError("lock_text_tower: expected freeze_layer_norm True: norms are frozen as the other weights are")
         blocks = [*self.transformer.resblocks]
         first = [self.token_embedding, self.positional_embedding]
-        groups = [first, *([block] for block in blocks[:-1]), [blocks[-1], self.ln_final], [self.text_projection]]
+        groups = [first, *([block] for block in blocks[:-1]), [*blocks[-1:], self.ln_final], [self.text_projection]]
         for group in groups[: len(groups) - unlocked_layers]:
             for part in group:
                 if part is not None:
@@ -311,7 +338,9 @@ class CLIP(nn.Module):
         model = copy.deepcopy(self).eval().requires_grad_(False)
         if isinstance(model.visual, ModifiedResNet):
             model.visual.fold_batch_norms()
-        if packed and (reason := onednn.lacks_packed(self.transformer.resblocks[0].mlp.c_fc.weight)):
+        if packed and self.bag:
+            warnings.warn("for_inference: weights are not packed: a bag of words has no blocks", stacklevel=2)
+        elif packed and (reason := onednn.lacks_packed(self.transformer.resblocks[0].mlp.c_fc.weight)):
             warnings.warn(f"for_inference: weights are not packed: {reason}", stacklevel=2)
         elif packed:
             for transformer in model._transformers():
@@ -319,6 +348,8 @@ class CLIP(nn.Module):
         return model
 
     def __prepare_scriptable__(self) -> nn.Module:
+        if self.bag:
+            raise ValueError("torch.jit.script: expected a text tower with a transformer, got a bag of words")
         return scripted.CLIP(self)
 
     def _transformers(self) -> list[Transformer]:

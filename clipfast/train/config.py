@@ -12,6 +12,7 @@ from clipfast.model import CLIP, MODELS
 CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "parallel": ("ddp", "fsdp"),
+    "objective": ("contrastive", "bag", "words", "caption"),
     "loss": ("clip", "siglip"),
     "optimizer": ("adamw", "lamb"),
 }
@@ -38,7 +39,10 @@ class TrainConfig:
     max_seconds: Annotated[
         float, "time for training; 0: no limit. Then the schedule follows the clock: not bit-reproducible"
     ] = 0.0
-    loss: Annotated[str, "clip (softmax) or siglip (sigmoid)"] = "clip"
+    objective: Annotated[
+        str, "contrastive; bag: the same with a bag-of-words text tower; words, caption: predict the caption's words, or itself"
+    ] = "contrastive"
+    loss: Annotated[str, "clip (softmax) or siglip (sigmoid), of the contrastive objectives"] = "clip"
     batch_size: Annotated[int, "pairs that are contrasted with each other, over all ranks"] = 256
     micro_batch: Annotated[int, "pairs in memory of a rank at a time, same result; 0: all of them"] = 0
     optimizer: Annotated[str, "adamw, or lamb (needs NVIDIA's apex)"] = "adamw"
@@ -84,6 +88,9 @@ class TrainConfig:
             raise ValueError("expected an end of the training: give steps, epochs or max_seconds")
         if self.warmup >= 1 and self.total_steps == math.inf:
             raise ValueError(f"expected warmup as a share of the run (below 1) without steps or epochs, got {self.warmup}")
+        if self.objective in ("words", "caption") and (self.loss != "clip" or self.lock_text):
+            got = f"loss {self.loss}, lock_text {self.lock_text}"
+            raise ValueError(f"expected neither a contrastive loss nor lock_text for objective {self.objective}, got {got}")
         if self.lock_image and self.lock_text:
             raise ValueError("expected something to learn, got both lock_image and lock_text; leave one out")
 
@@ -123,3 +130,10 @@ def sizes(model: str | dict[str, Any]) -> dict[str, Any]:
     arguments = MODELS[model] if isinstance(model, str) else model
     signature(CLIP).bind(**arguments)  # TypeError names what is missing or unknown
     return arguments
+
+
+def arguments_for(objective: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """CLIP's constructor arguments for a model that has what the objective trains."""
+    if objective == "bag":
+        return arguments | {"text": {**(arguments.get("text") or {}), "bag": True}}
+    return arguments | ({"predicts": objective} if objective in ("words", "caption") else {})

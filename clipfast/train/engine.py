@@ -10,6 +10,7 @@ from itertools import repeat
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
@@ -19,12 +20,17 @@ from clipfast.data import Batch
 from clipfast.inputs import MEAN, STD
 from clipfast.loss import clip_loss, siglip_loss
 from clipfast.model import CLIP
+from clipfast.model.predict import predicted, targets
 from clipfast.train.config import TrainConfig
 from clipfast.train.job import Job, alike, exchange, full, local, peak_memory, spread
 from clipfast.weights import beyond_shapes, from_tensors
 
 MAX_LOG_SCALE = math.log(100)  # the paper clips the temperature so that logits are never scaled by more than 100
 NORMS = nn.LayerNorm, nn.BatchNorm2d
+LEARNS = {  # beginnings of the names that a predicting model learns: its loss reads nothing else
+    "words": ("visual.", "words."),
+    "caption": ("visual.", "prefix.", "transformer.", "token_embedding.", "positional_embedding", "ln_final."),
+}
 
 
 def learning_rate(config: TrainConfig, progress: float) -> float:
@@ -76,11 +82,14 @@ class Towers(nn.Module):
         numbers = (MEAN, STD) if told is None else (told.mean, told.std)
         self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in numbers)
 
-    def forward(self, pixels: Tensor, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Image and text features [B, D] each, not normalised."""
+    def forward(self, pixels: Tensor, tokens: Tensor, lengths: Tensor) -> Any:
+        """Image and text features [B, D] each, not normalised; of a model that predicts, its summed loss []."""
         if pixels.dtype == torch.uint8:  # normalised here: a quarter of the bytes on the way from the workers
             pixels = (pixels.float() / 255 - self.mean) / self.std
-        return self.model.encode_image(pixels), self.model.encode_text(tokens, lengths=lengths)
+        image = self.model.encode_image(pixels)
+        if predicts(self.model):
+            return predicted(self.model, image, tokens, lengths)
+        return image, self.model.encode_text(tokens, lengths=lengths)
 
     @contextmanager
     def lowered(self) -> Iterator[None]:
@@ -97,6 +106,12 @@ class Towers(nn.Module):
         finally:
             for parameters, name, p in places:
                 parameters[name] = p
+
+
+def predicts(model: Any) -> str:
+    """Words or caption, if the model predicts them; somebody's own model contrasts."""
+    kind = getattr(model, "objective", "contrastive")
+    return kind if kind in ("words", "caption") else ""
 
 
 class Objective(nn.Module):
@@ -117,7 +132,7 @@ class Objective(nn.Module):
 
 
 def backward(towers: Towers, objective: Objective, parts: Sequence[Batch], wrapped: Any = None, times: Any = 1.0) -> float:
-    """Add `times` the gradient of the contrastive loss of all parts of all ranks to the parameters; returns the loss.
+    """Add `times` the gradient of the loss of all parts of all ranks to the parameters; returns the loss.
 
     Several parts: the features of all without a graph, the loss and its gradient for the features (and, once, for the
     scalars), then each part again with a graph to carry that gradient on. It is the exact gradient of one large batch in the
@@ -125,6 +140,8 @@ def backward(towers: Towers, objective: Objective, parts: Sequence[Batch], wrapp
     """
     run = wrapped if wrapped is not None else towers
     device = objective.scale.device
+    if kind := predicts(towers.model):
+        return predict_backward(towers, kind, parts, run, objective.group, times)
     labels = torch.cat([part.labels for part in parts]).to(device) if parts[0].labels is not None else None  # type: ignore[arg-type,misc]
 
     def features(part: Batch) -> tuple[Tensor, Tensor]:
@@ -158,6 +175,26 @@ def backward(towers: Towers, objective: Objective, parts: Sequence[Batch], wrapp
             learning = [(output, gradient) for output, gradient in outputs if output.requires_grad]  # a locked tower has none
             torch.autograd.backward([output for output, _ in learning], [gradient for _, gradient in learning])
     return loss.item()
+
+
+def predict_backward(towers: Towers, kind: str, parts: Sequence[Batch], run: Any, group: Any, times: Any) -> float:
+    """`backward` of what is predicted row by row: a sum over the rows, over a count that the ranks share, so that each part
+    carries its own share of the gradient and nothing is computed twice."""
+    device = next(towers.parameters()).device
+    found = torch.zeros(2, device=device, dtype=torch.float64)  # the loss, and how much there is to predict
+    found[1] = sum(targets(kind, part.lengths) for part in parts)
+    if group is not None:
+        dist.all_reduce(found, group=group)
+    count, ranks = max(1.0, found[1].item()), 1 if group is None else dist.get_world_size(group)
+    for part in parts:
+        exchange(run, part is parts[-1])
+        with towers.lowered():
+            own = run(part.pixels.to(device, non_blocking=True), part.tokens.to(device, non_blocking=True), part.lengths)
+            (own * (ranks / count) * times).backward()  # DDP and FSDP take the mean over the ranks
+        found[0] += own.detach()
+    if group is not None:
+        dist.all_reduce(found, group=group)
+    return found[0].item() / count
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
@@ -201,6 +238,9 @@ class Engine:
             raise ValueError(
                 f"expected a batch_size that the {job.world} ranks can share evenly, got {config.batch_size}: take a multiple"
             )
+        if (made := getattr(model, "objective", "contrastive")) != config.objective:
+            told = f"expected a model made for the objective {config.objective}, got one for {made}"
+            raise ValueError(f"{told}; let the config make it, or give CLIP its text or predicts")
         self.config, self.job = config, job
         rows = config.batch_size // job.world
         self.parts = -(-rows // min(config.micro_batch or rows, rows))
@@ -317,6 +357,9 @@ def prepare(model: CLIP, config: TrainConfig) -> list[nn.Module]:
     for name, p in model.named_parameters() if config.lock_text else ():
         if not name.startswith(("visual.", "logit_scale")):
             p.requires_grad_(False)
+    for name, p in model.named_parameters() if config.objective in LEARNS else ():
+        if not name.startswith(LEARNS[config.objective]):
+            p.requires_grad_(False)  # DDP waits for the gradient of each that has one
     if config.patch_dropout:
         if not vit:
             raise ValueError("expected a ViT for patch_dropout, got a ResNet; leave it out")

@@ -18,7 +18,7 @@ from clipfast.data import Batch
 from clipfast.files import locked, output_folder, replacing
 from clipfast.model import CLIP
 from clipfast.train.checkpoint import Checkpoints, check_shapes, load
-from clipfast.train.config import FREE_ON_RESUME, TrainConfig, sizes
+from clipfast.train.config import FREE_ON_RESUME, TrainConfig, arguments_for, sizes
 from clipfast.train.engine import Engine, learning_rate
 from clipfast.train.job import Job, joined, stop_signals
 from clipfast.train.watch import Watch
@@ -127,7 +127,7 @@ def new_model(config: TrainConfig) -> CLIP:
             raise ValueError("expected the name or the file of weights as model beside pretrained, got sizes")
         return load_model(config.model, "cpu")[0].float()
     torch.manual_seed(config.seed)
-    model = CLIP(**sizes(config.model))
+    model = CLIP(**arguments_for(config.objective, sizes(config.model)))
     if config.loss == "siglip":
         torch.nn.init.constant_(model.logit_scale, math.log(10))  # Zhai et al. 2023, with a bias of -10
     return model
@@ -149,7 +149,7 @@ def resumed(config: TrainConfig, checkpoints: Checkpoints, engine: Engine, order
         told = f"expected no other checkpoints in {config.out} than those before {path}, got one of step {others[-1]}"
         raise FileExistsError(f"{told}; go on from the newest (auto), or choose another `out`")
     tensors = engine.tensors(Reader(path).shapes())
-    now, then = json.loads(json.dumps(asdict(config))), about["config"]
+    now, then = json.loads(json.dumps(asdict(config))), {"objective": "contrastive"} | about["config"]
     if changed := [name for name in now if name not in FREE_ON_RESUME and now[name] != then.get(name)]:
         if "model" in changed:
             check_shapes(path, tensors)

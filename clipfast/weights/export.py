@@ -41,6 +41,8 @@ def export(model: CLIP, out: str | Path, layout: str = "safetensors") -> Path:
         raise FileExistsError(f"expected nothing at {target} yet, but it exists; choose another place")
     if None in (model.visual, model.transformer) and layout != "safetensors":
         raise ValueError(f"{layout} gets both towers, and this model has one tower alone: export to safetensors")
+    if model.objective in ("words", "caption") and layout != "safetensors":
+        raise ValueError(f"{layout} has no model that predicts its {model.objective}: export to safetensors")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     write = LAYOUTS[layout]
@@ -207,7 +209,7 @@ _TRANSFORMERS_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_t
 def _tower(tower: str, transformer: Any, quick_gelu: bool, options: dict[str, Any]) -> dict[str, Any]:
     """transformers' fields of a tower; ValueError where it has no such tower."""
     width = transformer.width
-    known = {"ln_pre": True, "pool": "token", "layer_scale": False, "causal": True}
+    known = {"ln_pre": True, "pool": "token", "layer_scale": False, "causal": True, "bag": False}
     for option, value in options.items():
         if (option, value) == ("end_token", -1) or value != known.get(option, value):
             raise ValueError(f"transformers has no CLIP whose {tower} tower has {option} = {value!r}: export to open_clip")

@@ -172,7 +172,7 @@ def beyond_shapes(model: CLIP) -> Sizes:
         told |= {"image_resolution": visual.input_resolution, "vision_heads": first.num_heads}
         told |= {"preprocess": changed} if (changed := visual.preprocess.changed) else {}
     if transformer is not None:
-        told |= {"transformer_heads": transformer.resblocks[0].attn.num_heads}
+        told |= {"transformer_heads": transformer.resblocks[0].attn.num_heads if len(transformer.resblocks) else 1}
     if None in (visual, transformer):
         told["towers"] = ["text"] if visual is None else ["image"]
     for tower, options in (("vision", model.vision_options), ("text", model.text_options)):

@@ -48,7 +48,7 @@ def merged(sizes: Sizes, *others: Mapping[str, Any]) -> Sizes:
 
 _USUAL = {  # what OpenAI's towers have, and no file says
     **{"ln_pre": True, "pool": "token", "channels": 3, "layer_scale": False, "eps": 1e-5, "dropout": 0.0},
-    **{"causal": True, "end_token": None},
+    **{"causal": True, "end_token": None, "bag": False},
 }
 
 
@@ -140,6 +140,8 @@ def from_state(where: str, tensors: Any, ignore: Collection[str] = (), towers: C
     sizes |= _text_sizes(state) if "text" in towers else {}
     if "logit_bias" in state:
         sizes["logit_bias"] = 0.0
+    for head, predicts in (("words.weight", "words"), ("prefix.weight", "caption")):
+        sizes |= {"predicts": predicts} if head in state else {}
     marks = {"input_resolution": "image_resolution", "context_length": "context_length", "vocab_size": "vocab_size"}
     there = marks.keys() & state.keys()
     for mark in sorted(there):

@@ -97,6 +97,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "siglip fsdp": {"loss": "siglip", "parallel": "fsdp"},
     "locked": {"lock_image": True, "micro_batch": 2},
     "locked fsdp": {"lock_text": True, "micro_batch": 2, "parallel": "fsdp"},
+    "words": {"objective": "words", "micro_batch": 3},
+    "caption fsdp": {"objective": "caption", "micro_batch": 3, "parallel": "fsdp"},
+    "bag": {"objective": "bag", "micro_batch": 3},
     "bf16": {"precision": "bf16", "micro_batch": 4},
     "bf16 fsdp": {"precision": "bf16", "micro_batch": 4, "parallel": "fsdp"},
 }

@@ -8,23 +8,24 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check --quiet
+PIP := $(PY) -m pip --disable-pip-version-check --quiet --quiet
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard kernels/*.h kernels/*.cuh kernels/*/*.cpp kernels/*/*.cu)
 
-.PHONY: demo test test-all lint bench cpu-check gpu-check setup clean
+.PHONY: demo test test-all lint bench cpu-check gpu-check setup rivals clean
 setup: $(VENV)/.built
+rivals: $(VENV)/.built $(VENV)/.rivals
 
 demo: setup
 	$(PY) -m demo
 
-test: setup lint
+test: rivals lint
 	$(PY) -m pytest
 
-test-all: setup lint
+test-all: rivals lint
 	$(PY) -m pytest -m ""
 	$(PY) -m tests.kernels.mutations $(if $(SINCE),--since $(SINCE))
 
-lint: setup
+lint: rivals
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy clipfast
@@ -32,7 +33,7 @@ lint: setup
 bench: cpu-check
 
 cpu-check: OUT = build/cpu-check
-cpu-check: setup
+cpu-check: rivals
 	$(PY) -m bench.run cpu $(OUT)
 	cp $(OUT)/cpu.json bench/results/
 	test ! -f demo/out/results.json || cp demo/out/results.json bench/results/demo.json
@@ -49,15 +50,22 @@ gpu-check:
 clean:
 	rm -rf build clipfast/_C_*.so *.egg-info $(VENV)/.built
 
-$(VENV)/.installed: requirements.txt requirements-rivals.txt
+$(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "clipfast: expected Python 3.10 or newer, got " + sys.version.split()[0] + "; name one with make PYTHON=…")'
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -r requirements.txt
-	$(PIP) install --no-deps -r requirements-rivals.txt
-	@# A CUDA build of torch brings the Triton it needs; beside a CPU build the kernels are tested in Triton's interpreter.
-	$(PY) -c 'import triton' 2>/dev/null || $(PIP) install triton==3.6.0
-	touch $@
+	@test -x $(PY) || { echo "set-up: an environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "set-up: torch and the other packages, pinned (1 to 10 minutes; torch alone is 200 MB, with CUDA 3 GB)"
+	@$(PIP) install -r requirements.txt
+	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	$(PIP) install --no-deps --no-build-isolation -e .
-	touch $@
+	@echo "set-up: building the kernels (1 minute; 3 where nvcc is found)"
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+# What tests and benchmarks compare with, and what they need beyond the package.
+$(VENV)/.rivals: $(VENV)/.installed requirements-rivals.txt
+	@echo "set-up: rivals and oracles of the tests (under 3 minutes)"
+	@$(PIP) install --no-deps -r requirements-rivals.txt
+	@# A CUDA build of torch brings the Triton it needs; beside a CPU build the kernels are tested in Triton's interpreter.
+	@$(PY) -c 'import triton' 2>/dev/null || $(PIP) install triton==3.6.0
+	@touch $@

@@ -36,7 +36,21 @@ def table(results: dict[str, Any]) -> str:
     for row in results["accuracy"]:
         shares = "".join(f"{_pair(row, who):>15}" for who in ("", "pixels_", "chance_"))
         rows.append(f"{_what(row):32}{row['drawings']:9,}{row['names']:7,}{shares}")
-    return "\n".join(rows + ["", _summary(results)])
+    return "\n".join([*rows, *([verdict(results)] if verdict(results) else []), "", _summary(results)])
+
+
+def verdict(results: dict[str, Any]) -> str:
+    """What is to be said when the model names seen concepts no better than the nearest pixels do; else nothing."""
+    row = results["accuracy"][0]
+    behind = [
+        f"top-{k} {row[f'top{k}']:.1%} for {row[f'pixels_top{k}']:.1%}"
+        for k in (1, 5)
+        if row[f"top{k}"] <= row[f"pixels_top{k}"]
+    ]
+    if not behind:
+        return ""
+    told = f"NOT better than the nearest pixels on seen concepts ({', '.join(behind)})"
+    return f"{told}: {results['steps']:,} steps were too few; train longer (python -m demo --seconds ...)"
 
 
 def _what(row: dict[str, Any]) -> str:
@@ -237,6 +251,7 @@ eighth vendor’s (Microsoft’s Fluent): of concepts whose other drawings it le
 shows. It picks a name among all {seen["names"]:,}, or, for the unseen concepts, among their {unseen["names"]:,}.</p>
 <div class="scroll"><table><tr><th>drawings of the unseen style<th>drawings<th>names<th>clipfast<br>top-1 / top-5
 <th>nearest pixels<br>top-1 / top-5<th>chance<br>top-1 / top-5</tr>{"".join(map(_row, results["accuracy"]))}</table></div>
+{f"<p><b>{escape(verdict(results))}</b></p>" if verdict(results) else ""}
 <p class="soft">Nearest pixels: the names of the training drawings that come nearest in 24 × 24 pixels, without any learning; it
 has no drawing of an unseen concept and so can name none. Size and resolution of the model were chosen among a few by these
 same figures, so they flatter it slightly.</p>

@@ -47,6 +47,10 @@ def test_a_run_leaves_the_report_and_a_model_that_loads(root: Path, tmp_path: Pa
         assert row["concepts"] == "seen" or row["pixels_top5"] == 0  # nearest pixels can name nothing unseen
     text = report.table(results)
     assert "seen concepts" in text and "unseen concepts" in text
+    for better in (False, True):  # than the nearest pixels, which the page says as the terminal does
+        row = results["accuracy"][0] | {"top1": 0.3 + better / 10, "pixels_top1": 0.35, "top5": 0.6, "pixels_top5": 0.5}
+        told = results | {"accuracy": [row, *results["accuracy"][1:]]}
+        assert [("NOT better" in made) for made in (report.table(told), report._page(told, ""))] == [not better] * 2
 
     model, preprocess = clipfast.load(str(out / "model.pt"), device="cpu")
     drawings = emoji.load("seen", root)

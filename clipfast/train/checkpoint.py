@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ class Checkpoints:
                 shutil.rmtree(whole, ignore_errors=True)  # a damaged one of the same step
                 part.replace(whole)
                 _sync_folder(self.folder)
-                self._remove_others(about["step"])
+                self.tidy(newest := about["step"])
+                self._remove(step for step in self.steps() if step > newest)  # damaged: the run has gone on from before them
             self.failed = None
         except BaseException as error:  # torch's CheckpointException is none of Exception's
             self._warn(error, part)
@@ -92,15 +93,17 @@ class Checkpoints:
         names = (re.fullmatch(r"step_(\d+)", path.name) for path in self.folder.glob("step_*"))
         return sorted(int(name[1]) for name in names if name)
 
-    def _remove_others(self, newest: int) -> None:
-        """What is not to be kept, and later ones: they were damaged, and the run has gone on from an earlier one."""
-        steps = self.steps()
-        kept = [step for step in steps if step <= newest][-self.keep_last :]
-        kept += [step for step in steps if step <= newest and self.keep_every and step % self.keep_every == 0]
-        for step in set(steps) - set(kept):
-            shutil.rmtree(self.folder / f"step_{step:08}", ignore_errors=True)
-        for left in self.folder.glob("step_*.part"):  # of a job that was killed
+    def tidy(self, newest: int) -> None:
+        """Remove what is not to be kept beside that checkpoint, which is whole, and what a killed job left half done."""
+        steps = [step for step in self.steps() if step <= newest]
+        kept = steps[-self.keep_last :] + [step for step in steps if self.keep_every and step % self.keep_every == 0]
+        self._remove(set(steps) - set(kept))
+        for left in self.folder.glob("step_*.part"):
             shutil.rmtree(left, ignore_errors=True)
+
+    def _remove(self, steps: Iterable[int]) -> None:
+        for step in steps:
+            shutil.rmtree(self.folder / f"step_{step:08}", ignore_errors=True)
 
     def choose(self, resume: str) -> Path | None:
         """The checkpoint at that path, or of "auto" the newest whole one, or None where there is none; the same for all ranks.

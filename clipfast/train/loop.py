@@ -63,10 +63,19 @@ def train(
             engine = Engine(config, job, model or new_model(config))
             order = getattr(batches, "order", {})
             step, seconds = first, _ = resumed(config, checkpoints, engine, order)
+            if job.rank == 0:
+                watch.tidy()
+                checkpoints.tidy(first)
 
             def share(step: float) -> float:
                 return max(step / config.total_steps, seconds / config.max_seconds if config.max_seconds else 0.0)
 
+            def evaluate(step: int) -> None:
+                if validate and config.val_every and step % config.val_every == 0:
+                    watch.evaluated(step, validate(engine.snapshot(), job))
+
+            if first and not job.share(watch.has_evaluated(first)):  # killed between that checkpoint and its validation
+                evaluate(first)
             bad, ended, stream, clock = 0, share(step) >= 1, batches(step), perf_counter()
             while not ended:
                 batch = next(stream, None)
@@ -92,17 +101,20 @@ def train(
                 if step % config.checkpoint_every == 0 or ended:
                     tensors, about = engine.state(seconds)
                     checkpoints.save(step, tensors, about | {"order": order})
-                if validate and config.val_every and step % config.val_every == 0:
-                    watch.evaluated(step, validate(engine.snapshot(), job))
+                evaluate(step)
                 if on_step:
                     on_step(step, engine.model, metrics)
                 clock = perf_counter()
+            if not watch.settings.exists():  # a run that was finished before
+                watch.open(step + 1)
             checkpoints.wait()
             job.gather(checkpoints.failed)  # raises on all ranks what one of them could not write
         whole, average = engine.snapshot(averaged=False), engine.snapshot() if config.ema else None
-        if job.rank == 0 and step > first:
-            with replacing(out / "model.pt") as file:
-                torch.save({"state_dict": (average or whole).state_dict(), "model_config": engine.model_config}, file)
+        if job.rank == 0:
+            result = {"state_dict": (average or whole).state_dict(), "model_config": engine.model_config}
+            if step > first or not holds(out / "model.pt", result):  # killed before it was written
+                with replacing(out / "model.pt") as file:
+                    torch.save(result, file)
         return Trained(whole if engine.sharded else engine.model, average, step, seconds, stop.name if step > first else "")
 
 
@@ -118,6 +130,20 @@ def alone_in(out: Path, job: Job) -> Iterator[None]:
                 refusal = error
         job.gather(refusal)
         yield
+
+
+def holds(path: Path, result: dict[str, Any]) -> bool:
+    """Whether a file is there, is whole, and has this model to the last bit."""
+    try:
+        found = torch.load(path, "cpu", weights_only=True, mmap=True)
+        state, expected = found["state_dict"], result["state_dict"]
+        return (
+            found["model_config"] == result["model_config"]
+            and state.keys() == expected.keys()
+            and all(state[name].dtype == t.dtype and torch.equal(state[name], t.cpu()) for name, t in expected.items())
+        )
+    except Exception:  # of all kinds, for files of all kinds: it is written anew
+        return False
 
 
 def new_model(config: TrainConfig) -> CLIP:

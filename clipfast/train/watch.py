@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ class Watch:
     ) -> None:  # fmt: skip
         self.out, self.config, self.rank, self.resumed = out, config, rank, resumed
         self.progress, self.tensorboard, self.project = progress, tensorboard, wandb
-        self.log = out / "log.jsonl"
+        self.log, self.scores, self.faults = (out / f"{name}.jsonl" for name in ("log", "eval", "not_finite"))
+        self.settings = out / "config.json"
         if wandb:
             try:
                 import wandb as _  # noqa: F401 - now, not when the first step is done
@@ -54,8 +56,7 @@ class Watch:
             self.profiler.step()
         if self.rank:
             return
-        if self.bar is None:
-            self._open(step)
+        self.open(step)
         self._append(self.log, {"step": step} | metrics)
         self.scalars(step, metrics)
         m = metrics
@@ -80,17 +81,28 @@ class Watch:
                 )
             self.full = True
 
+    def tidy(self) -> None:
+        """Remove what a killed run left half done."""
+        for left in (self.log, self.scores, self.faults, self.settings, self.out / "model.pt"):
+            with suppress(OSError):
+                Path(f"{left}.part").unlink()
+
+    def has_evaluated(self, step: int) -> bool:
+        """Whether the scores of that step are in eval.jsonl, as rank 0 sees it."""
+        return self.rank == 0 and self.scores.exists() and step in map(_step, _lines(self.scores))
+
     def evaluated(self, step: int, scores: dict[str, float]) -> None:
         """Scores of a validation: a line in eval.jsonl and scalars."""
         if self.rank == 0:
-            self._append(self.out / "eval.jsonl", {"step": step} | scores)
+            self.open(step + 1)
+            self._append(self.scores, {"step": step} | scores)
             self.scalars(step, {f"eval/{name}": value for name, value in scores.items()})
 
     def not_finite(self, step: int, loss: float, norm: float, keys: Sequence[Sequence[str] | None]) -> None:
         """A step without an update: which samples each rank had is kept in not_finite.jsonl."""
         if self.rank == 0:
             entry = {"step": step, "loss": str(loss), "norm": str(norm), "keys_by_rank": keys}
-            self._append(self.out / "not_finite.jsonl", entry)
+            self._append(self.faults, entry)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         try:
@@ -102,14 +114,16 @@ class Watch:
         if self.wandb:
             self.wandb.log(values, step=step)
 
-    def _open(self, step: int) -> None:
-        """Open the logs without what an interrupted run wrote from this step on."""
-        for log in (self.log, self.out / "eval.jsonl", self.out / "not_finite.jsonl"):
+    def open(self, step: int) -> None:
+        """Open the logs, once, without what an interrupted run wrote from this step on."""
+        if self.rank or self.bar is not None:
+            return
+        for log in (self.log, self.scores, self.faults):
             if log.exists():
-                lines = log.read_text().splitlines(keepends=True) if self.resumed else []
+                lines = _lines(log) if self.resumed else []
                 with replacing(log) as file:
                     file.write("".join(line for line in lines if _step(line) < step).encode())
-        with replacing(self.out / "config.json") as file:
+        with replacing(self.settings) as file:
             file.write(json.dumps(self.config, indent=2).encode())
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
@@ -132,9 +146,13 @@ class Watch:
             self.wandb.finish()
 
 
+def _lines(log: Path) -> list[str]:
+    return log.read_text(errors="replace").splitlines(keepends=True)
+
+
 def _step(line: str) -> float:
-    """Of a line of a log; infinite for one that a kill or a full disk cut off."""
+    """Of a line of a log; infinite for one that a kill or a full disk cut off, or that is none of ours."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except ValueError:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError, RecursionError):
         return math.inf

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -328,6 +329,78 @@ def test_a_finished_run_resumes_to_nothing(tmp_path):
     before = path.stat().st_mtime_ns
     again = train(config(tmp_path, steps=3, resume="auto"), endless, on_step=stop_at(4))
     assert again.steps == 3 and path.stat().st_mtime_ns == before and len(log(tmp_path)) == 3
+
+
+def cut_model(out: Path) -> None:
+    os.truncate(out / "model.pt", 5000)
+
+
+def model_of_another(out: Path) -> None:
+    """As long a run, but of other weights: its model.pt has the same step and size."""
+    train(config(out / "other", seed=1), endless)
+    (out / "other" / "model.pt").replace(out / "model.pt")
+    shutil.rmtree(out / "other")
+
+
+def model_of_an_earlier_step(out: Path) -> None:
+    train(config(out / "other", steps=3), endless)
+    (out / "other" / "model.pt").replace(out / "model.pt")
+    shutil.rmtree(out / "other")
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize(
+    "lose",
+    [
+        lambda out: (out / "model.pt").unlink(),
+        lambda out: (out / "model.pt").write_bytes(b""),
+        lambda out: torch.save({"state_dict": 3}, out / "model.pt"),
+        cut_model,
+        model_of_another,
+        model_of_an_earlier_step,
+    ],
+    ids=["missing", "empty", "of something else", "cut", "of another run", "of an earlier step"],
+)
+def test_a_finished_run_without_its_result_makes_it(tmp_path, lose, ema):
+    run = partial(config, tmp_path, ema=ema, checkpoint_every=6)
+    train(run(), endless)
+    expected, before = torch.load(tmp_path / "model.pt"), (tmp_path / "model.pt").stat().st_mtime_ns
+    train(run(resume="auto"), endless)
+    assert (tmp_path / "model.pt").stat().st_mtime_ns == before  # it is as it should be
+    lose(tmp_path)
+    (tmp_path / "model.pt.part").write_bytes(b"half")
+    assert train(run(resume="auto"), endless).steps == 12
+    made = torch.load(tmp_path / "model.pt")
+    assert made["model_config"] == expected["model_config"] and made["state_dict"].keys() == expected["state_dict"].keys()
+    for name, value in made["state_dict"].items():
+        assert torch.equal(value, expected["state_dict"][name]), name
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoints", "config.json", "log.jsonl", "model.pt"]
+
+
+def test_what_a_killed_run_left_half_done_is_removed_at_once_and_what_it_owes_is_made(tmp_path):
+    run = partial(config, tmp_path, checkpoint_every=4, val_every=6)
+    seen = []
+
+    def validate(model: CLIP, job: Job) -> dict[str, float]:
+        seen.append(model.text_projection.clone())
+        return {"top1": len(seen) / 8}
+
+    train(run(), endless, validate=validate)
+    for name in ("log.jsonl", "eval.jsonl", "not_finite.jsonl", "config.json", "model.pt", "somebody's"):
+        (tmp_path / f"{name}.part").write_text("half")
+    for name in ("step_00000004", "step_00000016.part"):  # killed while one was removed, another written
+        (tmp_path / "checkpoints" / name).mkdir()
+    lines = (tmp_path / "eval.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "eval.jsonl").write_text(lines[0] + lines[1][:5])
+    (tmp_path / "config.json").unlink()
+
+    train(run(resume="auto"), endless, validate=validate)
+    left = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if not file.name.startswith(("_", "."))}
+    kept = {f"checkpoints/step_{step:08}{file}" for step in (8, 12) for file in ("", "/about.json")}
+    assert left == {"checkpoints", "log.jsonl", "eval.jsonl", "config.json", "model.pt", "somebody's.part", *kept}
+    found = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    assert found == [{"step": 6, "top1": 1 / 8}, {"step": 12, "top1": 3 / 8}]
+    assert len(seen) == 3 and torch.equal(seen[1], seen[2])
 
 
 def test_the_average_of_the_weights(tmp_path):

@@ -93,7 +93,7 @@ def test_embed(compare, table: Path, tmp_path: Path) -> None:
         (tmp_path / "theirs.jsonl").write_text("".join(json.dumps({"caption": text}) + "\n" for text in lines))
 
     run_ours(), run_theirs(0)
-    got, expected = np.load(tmp_path / "ours" / "part_00000.npy"), np.load(tmp_path / "theirs.npy")
+    got, expected = np.load(tmp_path / "ours" / "img_emb" / "img_emb_00000.npy"), np.load(tmp_path / "theirs.npy")
     assert got.shape == expected.shape == (PHOTOS, 512)
     assert np.abs(got - expected).max() <= (1e-4 if DEVICE == "cpu" else 2e-2)
     best = min((0, 1, 2, 8) if DEVICE == "cuda" else (0, 1, 2), key=lambda workers: seconds(lambda: run_theirs(workers)))

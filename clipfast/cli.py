@@ -29,7 +29,7 @@ from clipfast.info import info
 from clipfast.inputs import Preprocess, read_image
 from clipfast.model import CLIP
 from clipfast.train import TrainConfig, new_model, train
-from clipfast.train.job import Job, place
+from clipfast.train.job import Job, joined, place
 from clipfast.weights import LAYOUTS, export, load
 
 USER_ERRORS = (*UNREADABLE, TypeError, RuntimeError, ArithmeticError, ImportError, MemoryError, csv.Error)
@@ -66,10 +66,17 @@ class Eval:
 
 @dataclass
 class Embed:
-    out: Annotated[str, "folder for the vectors (part_*.npy) and their keys (part_*.jsonl)"]
+    out: Annotated[str, "folder for the vectors (img_emb/, text_emb/, ...) and what they are of (metadata/)"]
+    features: Annotated[str, "image, text, and hidden (of images, before the projection), joined by commas"] = "image"
+    format: Annotated[
+        str,
+        "npy (metadata .jsonl), clip-retrieval (metadata .parquet, as its index and back-end read them) or parquet (vectors"
+        " and all)",
+    ] = "npy"
+    refresh: Annotated[bool, "take over another content of the data, making only what changed"] = False
     model: Name = "ViT-B/32"
     dtype: Annotated[str, "float32 or float16"] = "float32"
-    part_size: Annotated[int, "samples in a file"] = 4096
+    part_size: Annotated[int, "samples in a file at most; a shard begins another"] = 4096
     batch_size: BatchSize = 64
     device: Device = ""
 
@@ -189,22 +196,29 @@ def run_classify(options: Classify) -> None:
 
 
 def run_embed(data: DataConfig, options: Embed) -> None:
-    """Write the image vectors of a folder, a table or shards; a second call goes on where the first was interrupted."""
-    source = data.open()
-    model, preprocess = _load_to_read(options.model, options.device)
-    parts = embed(
-        model,
-        preprocess,
-        source,
-        options.out,
-        dtype=options.dtype,
-        part_size=options.part_size,
-        origin={"data": data.data, "model": options.model},
-        batch_size=options.batch_size,
-        threads=data.workers,
-        tally=Tally(data.max_bad),
-    )
-    print(f"{parts} parts in {options.out}")
+    """Write the vectors of a folder, a table or shards, alone or on every process that torchrun starts; a second call goes on
+    where the first was interrupted."""
+    # A rank may wait for another's last shard for long; of one that died torchrun tells the others.
+    with joined(options.device or "auto", timeout=7 * 24 * 3600) as job:
+        source = data.open()
+        model, preprocess = _load_to_read(options.model, str(job.device))
+        parts = embed(
+            model,
+            preprocess,
+            source,
+            options.out,
+            features=options.features.split(","),
+            dtype=options.dtype,
+            part_size=options.part_size,
+            form=options.format,
+            refresh=options.refresh,
+            job=job,
+            batch_size=options.batch_size,
+            threads=data.workers,
+            tally=Tally(data.max_bad),
+        )
+    if job.rank == 0:
+        print(f"{parts} parts in {options.out}")
 
 
 def run_export(options: Export) -> None:

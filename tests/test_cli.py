@@ -100,8 +100,8 @@ def test_train_then_eval_then_embed(capsys, tmp_path):
     assert table["top5"] == "100.00%"
 
     assert run("embed", data, tmp_path / "out", *trained, "--part-size", 10, "--dtype", "float16") == 0
-    assert [np.load(part).shape for part in sorted((tmp_path / "out").glob("*.npy"))] == [(10, 16), (10, 16), (4, 16)]
-    assert f"3 parts in {tmp_path / 'out'}" in capsys.readouterr().out
+    assert [np.load(part).shape for part in sorted((tmp_path / "out").glob("img_emb/*.npy"))] == [(6, 16)] * 4
+    assert f"4 parts in {tmp_path / 'out'}" in capsys.readouterr().out
 
 
 def test_train_from_a_file_with_validation_then_export(capsys, tmp_path):

@@ -4,6 +4,7 @@ from clipfast.evaluate.datasets import EvalSet
 from clipfast.evaluate.embed import embed
 from clipfast.evaluate.features import encode_images, encode_texts
 from clipfast.evaluate.retrieval import retrieval, retrieval_source
+from clipfast.evaluate.store import read_features
 from clipfast.evaluate.suite import Suite, run_suite
 from clipfast.evaluate.tasks import Bench
 from clipfast.evaluate.zero_shot import (
@@ -17,5 +18,5 @@ from clipfast.evaluate.zero_shot import (
 
 __all__ = [
     "Bench", "EvalSet", "Suite", "TEMPLATES", "class_likelihoods", "classify", "embed", "encode_images", "encode_texts",
-    "retrieval", "retrieval_source", "run_suite", "zero_shot", "zero_shot_source", "zero_shot_weights",
+    "read_features", "retrieval", "retrieval_source", "run_suite", "zero_shot", "zero_shot_source", "zero_shot_weights",
 ]  # fmt: skip

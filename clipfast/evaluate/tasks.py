@@ -5,18 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from clipfast.data import Tally, read_images
 from clipfast.evaluate import metrics
 from clipfast.evaluate.datasets import METRICS, MULTILABEL, EvalSet, class_weights, numbered
-from clipfast.evaluate.features import inference
+from clipfast.evaluate.features import inference, unprojected
 from clipfast.evaluate.few_shot import SHOTS, few_shot
 from clipfast.evaluate.intervals import clopper_pearson
 from clipfast.evaluate.multilabel import multilabel_probe
@@ -33,29 +31,6 @@ class Encoded(NamedTuple):
     features: np.ndarray  # [N, D] float32
     labels: list[Any]  # a class's number or name; for several labels an image, its row of 0, 1 and -1
     keys: list[str]
-
-
-@contextmanager
-def unprojected(model: CLIP) -> Iterator[int]:
-    """The image tower without its projection: a ViT's class token after the last norm, a ResNet's pool before c_proj."""
-    visual: Any = model.visual
-    holder, name = (visual, "proj") if hasattr(visual, "proj") else (getattr(visual, "attnpool", None), "c_proj")
-    kept = getattr(holder, name, None)
-    if isinstance(kept, nn.Linear):
-        same = nn.Linear(kept.in_features, kept.in_features, device=kept.weight.device, dtype=kept.weight.dtype)
-        with torch.no_grad():
-            nn.init.eye_(same.weight)
-            nn.init.zeros_(same.bias)
-        width, put = kept.in_features, same
-    elif isinstance(kept, Tensor):
-        width, put = len(kept), None
-    else:
-        raise TypeError(f"expected an image tower with a projection of its own, got {type(visual).__name__}; take projected")
-    setattr(holder, name, put)
-    try:
-        yield width
-    finally:
-        setattr(holder, name, kept)
 
 
 def encoded(model: CLIP, preprocess: Preprocess, data: EvalSet, split: str, projected: bool, **reading: Any) -> Encoded:

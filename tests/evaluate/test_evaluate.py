@@ -1,11 +1,7 @@
 """Evaluation against dense definitions, and features on disk."""
 
-import json
-import logging
 import re
-from pathlib import Path
 
-import numpy as np
 import open_clip
 import pytest
 import torch
@@ -13,12 +9,10 @@ import torch.nn.functional as F
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor
 
-from clipfast.cli import main
 from clipfast.data import DataConfig
 from clipfast.data.sources import Sample, read_folder, read_table
 from clipfast.evaluate import (
     classify,
-    embed,
     encode_texts,
     metrics,
     retrieval,
@@ -31,9 +25,7 @@ from clipfast.inputs.image import Preprocess
 from clipfast.inputs.tokenizer import tokenize
 from clipfast.model import CLIP
 from clipfast.train.job import Job
-from clipfast.weights import export
 from tests.data.test_data import caption, png, write_shards, write_table, write_tar
-from tests.model.test_model import shake
 
 SIZES = {
     "embed_dim": 16, "image_resolution": 32, "vision_layers": 1, "vision_width": 64, "vision_patch_size": 16,
@@ -288,100 +280,6 @@ def test_retrieval_on_a_source(model, tmp_path, form):
     assert got["image_to_text_R@1"] == pytest.approx(dense_recall(image @ text.T, right, 1))
     assert got["text_to_image_R@1"] == pytest.approx(dense_recall(text @ image.T, right.T, 1))
     assert got["image_to_text_R@10"] == got["text_to_image_R@5"] == 1
-
-
-# ---- features on disk --------------------------------------------------------------------------------------------------------
-
-
-def stored(out) -> tuple[list[str], np.ndarray]:
-    parts = sorted(out.glob("part_*.npy"))
-    keys = [json.loads(line)["key"] for part in parts for line in part.with_suffix(".jsonl").read_text().splitlines()]
-    return keys, np.concatenate([np.load(part) for part in parts])
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_embed_writes_vectors_and_keys(model, tmp_path, dtype):
-    source = DataConfig(write_shards(tmp_path / "data")).open()
-    assert embed(model, PREPROCESS, source, tmp_path / "out", dtype=dtype, part_size=7, batch_size=3) == 4
-    keys, vectors = stored(tmp_path / "out")
-    assert keys == [f"{number:04}" for number in range(24)] and vectors.dtype == dtype
-    expected = torch.stack([reference_image(model, png(number)) for number in range(24)])
-    np.testing.assert_allclose(vectors, expected.numpy(), atol=1e-5 if dtype == "float32" else 1e-3)
-    assert [len(np.load(part)) for part in sorted((tmp_path / "out").glob("*.npy"))] == [7, 7, 7, 3]
-    line = json.loads((tmp_path / "out" / "part_00001.jsonl").read_text().splitlines()[0])
-    assert line == {"key": "0007", "caption": "picture 7"}
-
-
-def test_the_commands_read_a_folded_model(tmp_path, monkeypatch, capsys):
-    """`clipfast embed` and `eval` fold a ResNet's batch norms: the same vectors, the same accuracy."""
-    torch.manual_seed(0)
-    sizes = {"vision_layers": (1, 1, 1, 1), "vision_width": 16, "vision_patch_size": None}
-    model = CLIP(**(SIZES | sizes))
-    shake(model)
-    model.eval()
-    export(model, tmp_path / "m.safetensors")
-    write_folders(tmp_path / "data")
-    seen: list[bool] = []
-    encode = CLIP.encode_image
-
-    def watched(self, *args, **kwargs):
-        seen.append(any(isinstance(module, torch.nn.BatchNorm2d) for module in self.modules()))
-        return encode(self, *args, **kwargs)
-
-    monkeypatch.setattr(CLIP, "encode_image", watched)
-    given = [str(tmp_path / "data"), "--model", str(tmp_path / "m.safetensors"), "--device", "cpu"]
-    assert main(["embed", given[0], str(tmp_path / "out"), *given[1:]]) == 0
-    assert main(["eval", *given]) == 0
-    assert seen == [False, False]
-    keys, vectors = stored(tmp_path / "out")
-    assert len(keys) == 6
-    expected = torch.stack([reference_image(model, png(int(Path(key).stem))) for key in keys])
-    np.testing.assert_allclose(vectors, expected.numpy(), atol=1e-5)
-    top1 = zero_shot_source(model, PREPROCESS, read_folder(tmp_path / "data"))["top1"]
-    assert f"{top1:8.2%}" in capsys.readouterr().out
-
-
-def test_an_interrupted_embed_goes_on(model, tmp_path, monkeypatch):
-    source = DataConfig(write_table(tmp_path / "data")).open()
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    embed(model, PREPROCESS, source, whole, part_size=5)
-    encode, calls = model.encode_image, []
-
-    def counted(pixels, normalize=False):
-        calls.append(len(pixels))
-        if sum(calls) > 12:
-            raise KeyboardInterrupt
-        return encode(pixels, normalize)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(model, "encode_image", counted)
-        embed(model, PREPROCESS, source, out, part_size=5)
-    names = {path.name for path in out.iterdir()}
-    assert names == {"embed.json", *(f"part_0000{n}.{kind}" for n in (0, 1) for kind in ("npy", "jsonl"))}
-    calls.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            model, "encode_image", lambda pixels, normalize: (calls.append(len(pixels)), encode(pixels, normalize))[1]
-        )
-        embed(model, PREPROCESS, source, out, part_size=5)
-    assert sum(calls) == 24 - 10
-    assert stored(out)[0] == stored(whole)[0] and np.array_equal(stored(out)[1], stored(whole)[1])
-    with pytest.raises(ValueError, match="expected to go on with .*'part_size': 5.* got .*'part_size': 6"):
-        embed(model, PREPROCESS, source, out, part_size=6)
-
-
-def test_embed_skips_what_is_corrupt_and_says_so(model, tmp_path, caplog):
-    where = write_shards(tmp_path / "data", replace={"0003.png": b"broken"})
-    with caplog.at_level(logging.WARNING):
-        embed(model, PREPROCESS, DataConfig(where).open(), tmp_path / "out", part_size=10)
-    keys, vectors = stored(tmp_path / "out")
-    assert len(keys) == len(vectors) == 23 and "0003" not in keys and "skipped 0003" in caplog.text
-    many = write_shards(tmp_path / "many", replace={f"{n:04}.png": b"broken" for n in range(5)})
-    with pytest.raises(ValueError, match="at most 10% unreadable samples, got 5 of 10, last 0004"):
-        embed(model, PREPROCESS, DataConfig(many).open(), tmp_path / "none", part_size=10)
-    assert not (tmp_path / "none").exists()
-    with pytest.raises(ValueError, match="expected dtype float16 or float32, got 'int8'"):
-        embed(model, PREPROCESS, DataConfig(where).open(), tmp_path / "none", dtype="int8")
 
 
 def test_samples_without_an_image_are_counted(model):

@@ -133,17 +133,25 @@ def seconds(call: Callable[[], Any], graph: bool = False) -> float:
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], Any] | None:
-    """The call as a CUDA graph to replay; None where it asks the device for something and cannot be one."""
-    side = torch.cuda.Stream()
+    """The call as a CUDA graph to replay; None where it asks the device for something and cannot be one.
+
+    It is tried first where such a question is an error: one inside a capture breaks that, and ``capture_end`` then throws
+    before torch restores the stream, so that all later work of the process goes the wrong way.
+    """
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # lazy initialisation first, on the stream of the capture
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, stream=side):
+        with torch.cuda.stream(side):  # restores the stream whatever is thrown inside
+            call()  # lazy initialisation first, on the stream of the capture
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
             call()
+            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, stream=side):
+                call()
     except RuntimeError:
+        torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
         return None
     return graph.replay

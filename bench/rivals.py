@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,8 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from clipfast.kernels import OPS
+
 try:
     import torchvision  # noqa: F401
+except ImportError:
+    pass
 except RuntimeError:  # PyPI's build beside a CPU build of torch: two operators are missing, which CLIP never calls
     _TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
@@ -22,13 +27,22 @@ except RuntimeError:  # PyPI's build beside a CPU build of torch: two operators 
 # From the repository's root transformers would take our folder kernels/ for the PyPI package of that name.
 sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
-import open_clip  # noqa: E402
 
-from clipfast.kernels import OPS  # noqa: E402
+def imported(module: str) -> ModuleType | str:
+    """A rival's module, or the reason why it is not here: that of its rows."""
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
 
 
-def open_clip_model(sizes: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
-    """open_clip's CLIP of these sizes (clipfast.CLIP's arguments) with these weights."""
+open_clip: Any = imported("open_clip")
+
+
+def open_clip_model(sizes: dict[str, Any], state: dict[str, Tensor]) -> nn.Module | str:
+    """open_clip's CLIP of these sizes (clipfast.CLIP's arguments) with these weights, or the reason why it is not here."""
+    if isinstance(open_clip, str):
+        return open_clip
     vision = dict(
         image_size=sizes["image_resolution"], layers=sizes["vision_layers"], width=sizes["vision_width"],
         patch_size=sizes["vision_patch_size"],
@@ -52,10 +66,8 @@ def of_op(op: str) -> dict[str, Callable | str]:
         if not torch.cuda.is_available():
             found[name] = "measured on CUDA only"
             continue
-        try:
-            found[name] = make(importlib.import_module(module))
-        except (ImportError, OSError, RuntimeError, AttributeError) as error:
-            found[name] = f"{type(error).__name__}: {error}"
+        package = imported(module)
+        found[name] = package if isinstance(package, str) else make(package)
     return found
 
 

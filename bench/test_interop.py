@@ -8,9 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm
 import torch
-import transformers
 from torch import nn
 
 from bench.plan import image_flops
@@ -19,6 +17,10 @@ from bench.test_towers import CAPTIONS, DEVICE, text_floor
 from clipfast.inputs.tokenizer import tokenize
 from clipfast.interop import accelerate
 from clipfast.model import MODELS
+
+timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
+if isinstance(open_clip, str):
+    pytest.skip(open_clip, allow_module_level=True)
 
 SIZES = MODELS["ViT-B/32"]
 TEXT, IMAGE = (dict(projection_dim=SIZES["embed_dim"]) for _ in range(2))  # their defaults are ViT-B/32's

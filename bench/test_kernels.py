@@ -16,14 +16,26 @@ from clipfast.kernels import dispatch, passed
 
 
 def rows() -> list[Any]:
-    """(op, arguments of the case). BENCH any machine affords; BENCH_GPU fills a GPU, and runs elsewhere with --full only."""
+    """(op, arguments of the case, whether it is the first of its op).
+
+    BENCH any machine affords; BENCH_GPU fills a GPU. A CPU runs the latter with --full only. A GPU runs the ops that have a
+    kernel for it, at the sizes that fill it where there are such.
+    """
     found = []
     for op, home in kernels.OPS.items():
         small, large = home.spec.BENCH, getattr(home.spec, "BENCH_GPU", {})
-        marks = [] if DEVICE == "cuda" else [pytest.mark.full]
-        found += [pytest.param(op, case, id=f"{op} {name}") for name, case in small.items()]
-        found += [pytest.param(op, case, id=f"{op} {name}", marks=marks) for name, case in large.items()]
+        marks: dict[str, Any] = dict.fromkeys(large, [pytest.mark.full])
+        if DEVICE == "cuda":
+            small, large, marks = {} if large or not on_a_gpu(op) else small, large if on_a_gpu(op) else {}, {}
+        cases = small | large
+        first = next(iter(cases), None)
+        found += [pytest.param(op, case, n == first, id=f"{op} {n}", marks=marks.get(n, [])) for n, case in cases.items()]
     return found
+
+
+def on_a_gpu(op: str) -> bool:
+    """Whether the op has a kernel for GPUs."""
+    return any(passed.source_of(op, backend).exists() for backend in ("cuda", "triton"))
 
 
 def arguments(op: str, case: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
@@ -54,7 +66,7 @@ def forward_backward(function: Callable, given: dict[str, Any], leaves: list[Ten
     return run
 
 
-def contenders(op: str, given: dict[str, Any], leaves: list[Tensor]) -> dict[str, Callable[[], Tensor] | str]:
+def contenders(op: str, given: dict[str, Any], leaves: list[Tensor], first: bool) -> dict[str, Callable[[], Tensor] | str]:
     """Eager PyTorch, other people's kernels and each of our backends on the same arguments, or why one does not run them."""
     spec, ours = kernels.OPS[op].spec, getattr(kernels, op)
 
@@ -66,6 +78,8 @@ def contenders(op: str, given: dict[str, Any], leaves: list[Tensor]) -> dict[str
         return forced
 
     found: dict[str, Callable | str] = {"eager": getattr(spec, "eager", spec.reference), **rivals.of_op(op)}
+    if "compiled" in found and DEVICE == "cuda" and not first:
+        found["compiled"] = "compiled at the first size only: it takes seconds for each"
     for name in (b for b in dispatch.AUTOMATIC[DEVICE] if passed.source_of(op, b).exists()):
         reason = kernels.OPS[op].backend(name)
         found[f"our {name}"] = reason if isinstance(reason, str) else by(name)
@@ -93,9 +107,9 @@ def floor(spec: Any, case: dict[str, Any]) -> tuple[int, int]:
     return sum(flops for flops, _ in passes), sum(moved for _, moved in passes)
 
 
-@pytest.mark.parametrize(("op", "case"), rows())
-def test_op(compare, op: str, case: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("op", "case", "first"), rows())
+def test_op(compare, op: str, case: dict[str, Any], first: bool) -> None:
     spec = kernels.OPS[op].spec
     given, leaves = arguments(op, case)
     ours = forward_backward(getattr(kernels, op), given, leaves)
-    compare(ours, contenders(op, given, leaves), floor=floor(spec, case), graphs=True, op=op)
+    compare(ours, contenders(op, given, leaves, first), floor=floor(spec, case), graphs=True, op=op)

@@ -8,7 +8,6 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-import open_clip.loss as open_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bench.measure import peak_memory
+from bench.rivals import imported, open_clip
 from bench.test_kernels import floor
 from clipfast.kernels import OPS
 from clipfast.loss import clip_loss, siglip_loss
@@ -66,40 +66,41 @@ def chunked_siglip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> 
 
 def inf_cl() -> Loss | str:
     """Inf-CL, of both directions."""
-    try:
-        from inf_cl import cal_flash_loss
-    except ImportError as error:
-        return f"{error}"
+    found: Any = imported("inf_cl")
+    if isinstance(found, str):
+        return found
 
     def loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        return (cal_flash_loss(image, text, scale=scale).mean() + cal_flash_loss(text, image, scale=scale).mean()) / 2
+        one, other = found.cal_flash_loss(image, text, scale=scale), found.cal_flash_loss(text, image, scale=scale)
+        return (one.mean() + other.mean()) / 2
 
     return loss if GPU else "inf-cl runs on CUDA only"
 
 
 def siglip_kernel() -> Loss | str:
     """siglip-kernel with the backend that it chooses itself."""
-    try:
-        from siglip_kernel import fused_siglip_loss
-    except ImportError as error:
-        return f"{error}"
-    return (lambda i, t, s, b: fused_siglip_loss(i, t, s.log(), b)) if GPU else "siglip-kernel runs on CUDA only"
+    found: Any = imported("siglip_kernel")
+    if isinstance(found, str):
+        return found
+    return (lambda i, t, s, b: found.fused_siglip_loss(i, t, s.log(), b)) if GPU else "siglip-kernel runs on CUDA only"
 
 
 def contenders(name: str, N: int, compiled: bool) -> dict[str, Loss | str]:
     """Ours first. Eager is open_clip's module, its logits in the type of the features, as under autocast."""
     need, free = 16 * N * N, torch.cuda.mem_get_info()[0] if GPU else 20 << 30
-    too_much = f"about {need / 1e9:,.0f} GB for its logits" if need > free else None
+    absent = open_clip if isinstance(open_clip, str) else f"about {need / 1e9:,.0f} GB for its logits" if need > free else ""
+    eager: Loss | None = None
     if name == "clip":
-        module, rivals = open_clip.ClipLoss(), {"chunked": chunked_clip, "inf-cl": inf_cl()}
-        ours: Loss = lambda i, t, s, b: clip_loss(i, t, s)  # noqa: E731
-        eager: Loss = lambda i, t, s, b: module(i, t, s)  # noqa: E731
+        rivals, ours = {"chunked": chunked_clip, "inf-cl": inf_cl()}, lambda i, t, s, b: clip_loss(i, t, s)
+        if not absent:
+            module = open_clip.loss.ClipLoss()
+            eager = lambda i, t, s, b: module(i, t, s)  # noqa: E731
     else:
-        module, rivals = open_clip.SigLipLoss(), {"chunked": chunked_siglip, "siglip-kernel": siglip_kernel()}
-        ours, eager = siglip_loss, module
-    found: dict[str, Loss | str] = {"ours": ours, "open_clip": too_much or eager}
+        rivals, ours = {"chunked": chunked_siglip, "siglip-kernel": siglip_kernel()}, siglip_loss
+        eager = None if absent else open_clip.loss.SigLipLoss()
+    found: dict[str, Loss | str] = {"ours": ours, "open_clip": eager or absent}
     if compiled:
-        found["compiled open_clip"] = too_much or torch.compile(eager)
+        found["compiled open_clip"] = torch.compile(eager) if eager else absent
     return found | rivals
 
 

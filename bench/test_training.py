@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import webdataset as wds
 from PIL import Image
 
 from bench.rivals import open_clip, open_clip_model
@@ -27,6 +26,10 @@ from clipfast.train.engine import MAX_LOG_SCALE, Engine, adamw, learning_rate
 from clipfast.train.job import joined
 from demo import __main__ as demo
 from demo import emoji
+
+wds = pytest.importorskip("webdataset")
+if isinstance(open_clip, str):
+    pytest.skip(open_clip, allow_module_level=True)
 
 STEPS = 200  # of the loss curves, with --full
 TURN = 10  # steps of each contender at a time, as a run has them one after the other

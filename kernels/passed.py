@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent  # behind a link, where the folder is one
 _SOURCES = {"cuda": "cuda.cu", "cpu": "cpu.cpp", "torch": "spec.py"}
 # What a file takes from others of ours.
 _INCLUDE = re.compile(r'^#include "(.+)"', re.MULTILINE)

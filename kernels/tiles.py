@@ -85,7 +85,7 @@ def tiles(kernel: str, dtype: torch.dtype, D: int, capability: int, many: bool =
     narrow = dtype != torch.float32
     depth = min(64 if narrow else 32, max(16, triton.next_power_of_2(D)))
     M, N, warps, stages = SHAPES[kernel][(0 if capability == 90 else 1) if many else 2] if narrow else (64, 64, 8, 2)
-    precision = "tf32" if not narrow and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    precision = "tf32" if not narrow and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     return dict(
         D=triton.cdiv(D, depth) * depth, BLOCK_M=M, BLOCK_N=N, BLOCK_D=depth, PRECISION=precision, HOST=capability >= 90,
         num_warps=warps, num_stages=stages,

@@ -185,7 +185,7 @@ def _tiles(dtype: torch.dtype, K: int, length: int) -> tuple[dict[str, Any], dic
     most = 64 if narrow else 32
     fits = max(16, triton.next_power_of_2(length))
     block, back = min(most, fits), min(most // 2 if wide else most, fits)
-    precision = "tf32" if not narrow and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    precision = "tf32" if not narrow and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     warps = (8 if wide or not narrow else 4) if back > 16 else 4 if wide else 2
     options: dict[str, Any] = dict(PRECISION=precision, num_stages=2)
     return (

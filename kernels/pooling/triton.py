@@ -139,7 +139,7 @@ def _tiles(dtype: torch.dtype, H: int, length: int) -> dict[str, Any]:
     heads = max(16, triton.next_power_of_2(H))
     most = 16 if dtype == torch.float32 or heads > 32 else 64
     rows = min(most, max(16, triton.next_power_of_2(length)))
-    precision = "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    precision = "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     return dict(HEADS=heads, ROWS=rows, CHUNK=CHUNK, PRECISION=precision, num_warps=4, num_stages=2)
 
 

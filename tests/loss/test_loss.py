@@ -6,18 +6,22 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import open_clip.loss as open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measure import peak_memory
+from bench.rivals import imported
 from clipfast import kernels
 from clipfast.kernels import dispatch
 from clipfast.kernels.contrastive import spec
 from clipfast.kernels.pairwise_sigmoid import spec as sigmoid_spec
 from clipfast.loss import ClipLoss, SigLipLoss, clip_loss, siglip_loss
+
+open_clip: Any = imported("open_clip.loss")
+needs_open_clip = pytest.mark.skipif(isinstance(open_clip, str), reason=str(open_clip))
+GPU = torch.cuda.is_available()
 
 LABELS = {
     "pairs of duplicates": [0, 1, 2, 0, 3, 4, 2, 5, 9, -7, 5],
@@ -60,8 +64,8 @@ def tensor(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
 
 # Ours, its definition, our module, open_clip's, and the scalars behind the scale.
 LOSSES = {
-    "clip": (clip_loss, dense, ClipLoss, open_clip.ClipLoss, ()),
-    "siglip": (siglip_loss, dense_sigmoid, SigLipLoss, open_clip.SigLipLoss, (-3.0,)),
+    "clip": (clip_loss, dense, ClipLoss, getattr(open_clip, "ClipLoss", None), ()),
+    "siglip": (siglip_loss, dense_sigmoid, SigLipLoss, getattr(open_clip, "SigLipLoss", None), (-3.0,)),
 }
 both = pytest.mark.parametrize("name", LOSSES)
 
@@ -75,6 +79,7 @@ def arguments(name: str, N: int, scale: float, dtype: torch.dtype = torch.float3
 @pytest.mark.parametrize("N", [1, 2, 61, 257])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("scale", [0.0, 14.3, 100.0])
+@needs_open_clip
 def test_equals_open_clip(name: str, N: int, dtype: torch.dtype, tolerance: float, scale: float) -> None:
     given, modules = arguments(name, N, scale, dtype), LOSSES[name][2:4]
     (loss, grads), (expected, expected_grads) = (gradients(module(), *given) for module in modules)
@@ -153,6 +158,7 @@ def subclass(mixin: type, base: type, **options: Any) -> Any:
     [("clip", m) for m in (Margin, Smoothed, Distilled, Weighted)]
     + [("siglip", m) for m in (Shifted, OnlyNegatives, Halved, Weighted)],
 )
+@needs_open_clip
 def test_subclasses_are_open_clips(name: str, mixin: type, recwarn: pytest.WarningsRecorder) -> None:
     """Told once, and only where the matrix is made."""
     given, (ours, theirs) = arguments(name, 7, 10.0), (subclass(mixin, base) for base in LOSSES[name][2:4])
@@ -177,6 +183,7 @@ def test_chunks_of_a_subclass_sum_to_the_whole(chunk: int) -> None:
     torch.testing.assert_close(SigLipLoss(chunk_size=chunk)(*given), siglip_loss(*given), rtol=0, atol=0)
 
 
+@needs_open_clip
 def test_modules_keep_open_clips_attributes() -> None:
     for name, options in (
         ("clip", dict(local_loss=True, gather_with_grad=True, cache_labels=True)),
@@ -289,9 +296,9 @@ def test_autocast_changes_no_bit(name: str) -> None:
     assert torch.equal(loss, again) and all(map(torch.equal, grads, again_grads))
 
 
-@pytest.fixture(params=["torch", "triton", "cpu"])
+@pytest.fixture(params=["torch", "triton", "cpu", *(["cuda"] if GPU else [])])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend that runs on CPU tensors, forced."""
+    """Each backend, forced; ``there`` brings its tensors to where it runs."""
     for op in ("contrastive", "pairwise_sigmoid"):
         if isinstance(found := kernels.OPS[op].backend(request.param), str):
             pytest.skip(found)
@@ -299,8 +306,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+def there(backend: str, *given: Any) -> list[Any]:
+    """Tensors on the GPU, if this is where the backend runs."""
+    return [x.cuda() if GPU and backend in ("cuda", "triton") and isinstance(x, Tensor) else x for x in given]
+
+
 def skip_unless_supported(op: str, backend: str, *args: Any) -> None:
-    if reason := kernels.OPS[op].backend(backend).supports(*args):
+    if reason := kernels.OPS[op].backend(backend).supports(*there(backend, *args)):
         pytest.skip(reason)
 
 
@@ -314,7 +326,7 @@ def test_gradient_of_the_scale(backend: str, dtype: torch.dtype, upstream: str) 
     )
     scale = tensor(20.0).requires_grad_()
     skip_unless_supported("contrastive", backend, image, text, scale, 0)
-    row, col = kernels.contrastive(image, text, scale)
+    row, col = (x.cpu() for x in kernels.contrastive(*there(backend, image, text, scale)))
     (got,) = torch.autograd.grad(weights[0] @ row + weights[1] @ col, scale)
     dots = image.double() @ text.double().T
     terms = [
@@ -330,7 +342,7 @@ def test_gradients_of_scale_and_bias(backend: str, dtype: torch.dtype) -> None:
     image, text = features(67, dtype=dtype)
     scale, bias = tensor(20.0).requires_grad_(), tensor(-4.0).requires_grad_()
     skip_unless_supported("pairwise_sigmoid", backend, image, text, scale, bias, 0, True, True)
-    got = torch.autograd.grad(kernels.pairwise_sigmoid(image, text, scale, bias), (scale, bias))
+    got = torch.autograd.grad(kernels.pairwise_sigmoid(*there(backend, image, text, scale, bias)), (scale, bias))
     dots = image.double() @ text.double().T
     g = (20 * dots - 4).sigmoid() - torch.eye(67)
     unit = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}[dtype]
@@ -363,14 +375,14 @@ def test_compiled_kernels_take_no_more_memory(name: str) -> None:
     """The automatic choice on this machine, by what the process holds at most: kernels may allocate beside torch."""
     N, D = 16384, 64
     given = arguments(name, N, 14.3, D=D)
-    peak = peak_memory(lambda: gradients(LOSSES[name][0], *given))
+    peak = None if GPU else peak_memory(lambda: gradients(LOSSES[name][0], *given))
     if peak is None:
-        pytest.skip("this system does not tell the peak of a process")
+        pytest.skip("a GPU is here, whose allocator's peak would be read" if GPU else "this system does not tell the peak")
     assert 2 * N * D * 4 <= peak < spec.BLOCK * N * 4 + 16 * N * D * 4
 
 
 @both
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_on_a_gpu_no_matrix_and_no_synchronisation(name: str) -> None:
     """At N = 262,144 one byte a logit would be 64 GiB; and the whole can be captured as a graph, which replays equal bits."""
     N, D = 262_144, 64
@@ -385,8 +397,15 @@ def test_on_a_gpu_no_matrix_and_no_synchronisation(name: str) -> None:
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         expected = run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")  # else a synchronisation would break the capture, and with it the process
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):  # a synchronisation inside is an error
@@ -400,7 +419,8 @@ def test_on_a_gpu_no_matrix_and_no_synchronisation(name: str) -> None:
 def test_statistics_against_float64(backend: str, N: int) -> None:
     image, text = features(N)
     skip_unless_supported("contrastive", backend, image, text, tensor(100.0), 0)
-    row_max, row_sum, col_max, col_sum, diagonal = torch.ops.clipfast.contrastive(image, text, tensor(100.0), 0)
+    found = torch.ops.clipfast.contrastive(*there(backend, image, text, tensor(100.0)), 0)
+    row_max, row_sum, col_max, col_sum, diagonal = (x.cpu() for x in found)
     s = 100 * image.double() @ text.double().T
     got = row_max + row_sum.log(), col_max + col_sum.log(), diagonal
     for mine, truth in zip(got, (s.logsumexp(1), s.logsumexp(0), s.diagonal()), strict=True):
@@ -413,7 +433,7 @@ def test_small_losses_keep_their_digits(backend: str) -> None:
     image = F.normalize(torch.eye(N, D) + 0.055 * torch.randn(N, D, generator=torch.Generator().manual_seed(0)), dim=1)
     text = F.normalize(image + 0.4 * image.roll(1, 0) + 0.35 * image.roll(2, 0), dim=1)
     skip_unless_supported("contrastive", backend, image, text, tensor(25.0), 0)
-    row, col = kernels.contrastive(image, text, 25.0)
+    row, col = (x.cpu() for x in kernels.contrastive(*there(backend, image, text), 25.0))
     s = 25 * image.double() @ text.double().T
     others = (s - s.diagonal()[:, None]).exp().fill_diagonal_(0).sum(1), (s - s.diagonal()).exp().fill_diagonal_(0).sum(0)
     for got, other in zip((row, col), others, strict=True):
@@ -432,11 +452,14 @@ def test_rows_and_columns_far_apart(backend: str, N: int) -> None:
     weights = torch.randn(2, N, generator=torch.Generator().manual_seed(1)).double() / N
 
     def loss(contrastive, *leaves: Tensor) -> Tensor:
-        row, col = contrastive(*leaves)
+        row, col = (x.cpu() for x in contrastive(*leaves))
         return weights[0] @ row.double() + weights[1] @ col.double()
 
+    def ours(*leaves: Tensor) -> Any:
+        return kernels.contrastive(*there(backend, *leaves))
+
     for a, b in ((image, text), (text, image)):
-        got, grads = gradients(lambda *leaves: loss(kernels.contrastive, *leaves), a, b, tensor(100.0))
+        got, grads = gradients(lambda *leaves: loss(ours, *leaves), a, b, tensor(100.0))
         truth, true_grads = gradients(
             lambda *leaves: loss(spec.reference, *leaves), a.double(), b.double(), tensor(100.0).double()
         )
@@ -446,6 +469,7 @@ def test_rows_and_columns_far_apart(backend: str, N: int) -> None:
 
 
 @both
+@needs_open_clip
 def test_lower_error_than_autocast_in_bfloat16(name: str) -> None:
     ours, definition, _, rival, _ = LOSSES[name]
     given = arguments(name, 200, 100.0, torch.bfloat16)
@@ -461,7 +485,7 @@ def test_orthogonal_pairs_at_scale_100(backend: str) -> None:
     """Every p is 1 or e^-100, which fp32 cannot hold: nothing is left to learn, and nothing but rounding below it may be."""
     image = torch.eye(33, 64)
     skip_unless_supported("contrastive", backend, image, image, tensor(100.0), 0)
-    loss, grads = gradients(clip_loss, image, image, tensor(100.0))
+    loss, grads = gradients(clip_loss, *there(backend, image, image, tensor(100.0)))
     assert 0 <= loss < 1e-30 and all(g.abs().max() < 1e-30 for g in grads)
 
 
@@ -471,7 +495,7 @@ def test_one_nan_row_makes_the_loss_nan(name: str, backend: str) -> None:
     image[4] = torch.nan
     skip_unless_supported(*(("contrastive", backend, image, *rest, 0) if name == "clip" else
                             ("pairwise_sigmoid", backend, image, *rest, 0, True, True)))  # fmt: skip
-    loss, grads = gradients(LOSSES[name][0], image, *rest)
+    loss, grads = gradients(LOSSES[name][0], *there(backend, image, *rest))
     assert loss.isnan() and all(g.isnan().any() for g in grads)
 
 

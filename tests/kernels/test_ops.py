@@ -257,3 +257,26 @@ def test_the_exact_gelu_of_a_cpu_is_torchs(grad: bool) -> None:
         upstream = torch.randn_like(got)
         for a, b in zip(*(torch.autograd.grad(y, leaves, upstream) for y in (got, expected)), strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("switch", ["fp32_precision", "allow_tf32"])
+def test_fp32_products_are_tf32_by_either_of_torchs_switches(switch: str) -> None:
+    """Reading the older one raises where the newer was set."""
+    pytest.importorskip("triton")
+    from clipfast.kernels import tiles
+    from clipfast.kernels.attention import triton as attention
+    from clipfast.kernels.pooling import triton as pooling
+
+    def precisions() -> set[str]:
+        shapes = [tiles.tiles("sums", torch.float32, 64, 90), *attention._tiles(torch.float32, 64, 50)]
+        return {shape["PRECISION"] for shape in (*shapes, pooling._tiles(torch.float32, 12, 50))}
+
+    matmul, new = torch.backends.cuda.matmul, switch == "fp32_precision"
+    before = getattr(matmul, switch)
+    assert precisions() == {"ieee"}
+    try:
+        setattr(matmul, switch, "tf32" if new else True)
+        assert precisions() == {"tf32"}
+    finally:
+        setattr(matmul, switch, before)
+    assert precisions() == {"ieee"} and not matmul.allow_tf32

@@ -17,7 +17,6 @@ from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, overload
 
-import ftfy
 import regex
 import torch
 from tokenizers.models import BPE
@@ -54,12 +53,18 @@ def get_pairs(word: Sequence[str]) -> set[tuple[str, str]]:
 
 def basic_clean(text: str) -> str:
     """Repaired by ftfy, HTML entities resolved twice, without white space at the ends."""
-    return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return _repaired(text).strip()
 
 
 def whitespace_clean(text: str) -> str:
     """One space for each run of white space, none at the ends."""
     return regex.sub(r"\s+", " ", text).strip()
+
+
+def _repaired(text: str) -> str:
+    import ftfy  # here, as it takes 0.1 s to import, and plain text does without
+
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
 
 
 # ---- and the quick way to the same tokens
@@ -71,8 +76,7 @@ def clean(text: str) -> str:
     # at the ends goes either way. Tabs, line breaks and control characters inside take the exact path below.
     if text.isascii() and text.strip().isprintable() and ("&" not in text or "&" not in text.replace("& ", "")):
         return text.lower()
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()  # in this order: what lower() does to a sigma depends on its neighbours
+    return " ".join(_repaired(text).split()).lower()  # in this order: what lower() does to a sigma depends on its neighbours
 
 
 class _Words(dict[str, bytes]):

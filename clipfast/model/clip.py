@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from clipfast.kernels.linear import onednn
 from clipfast.model import scripted
 from clipfast.model.intermediates import image_intermediates, text_intermediates
-from clipfast.model.packed import Packed, pack, padded
+from clipfast.model.packed import Packed, pack, padded, uncompiled
 from clipfast.model.resnet import Bottleneck, ModifiedResNet
 from clipfast.model.rule import untouched, watched, whole
 from clipfast.model.transformer import LayerNorm, Layout, Stream, Transformer, causal_mask, fusable, projected
@@ -374,7 +374,7 @@ class CLIP(nn.Module):
             raise ValueError(f"encode_image: expected images {expected}, got {list(image.shape)}: {fits}")
         return image.to(self.dtype)
 
-    @torch.compiler.disable(reason="texts have any lengths: call model.encode_text(model.pack(text, lengths))")
+    @uncompiled("texts have any lengths: call model.encode_text(model.pack(text, lengths))")
     def pack(self, text: Tensor, lengths: Tensor | list[int] | None = None) -> Packed:
         """text [B, L ≤ context_length] of token ids -> the tokens up to the end token of each row, on the device of ``text``.
 

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.model.transformer import Layout
+
+
+def uncompiled(reason: str) -> Callable[[Callable], Callable]:
+    """``torch.compiler.disable`` for a method, which imports torch._dynamo (2 s) only where somebody compiles."""
+
+    def decorated(method: Callable) -> Callable:
+        disabled: list[Callable] = []
+
+        @functools.wraps(method)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if "torch._dynamo" not in sys.modules:
+                return method(*args, **kwargs)
+            if not disabled:
+                disabled.append(torch.compiler.disable(method, reason=reason))
+            return disabled[0](*args, **kwargs)
+
+        # What torch.compiler.disable marks its functions with, for a program that comes here first.
+        run._torchdynamo_disable, run._torchdynamo_disable_msg = True, reason  # type: ignore[attr-defined]
+        return run
+
+    return decorated
 
 
 class Packed(NamedTuple):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 INDEX = 8 << 20  # bytes of a pickle: one byte of it takes up to 60 of memory
 UNPACKED = 256 << 20  # bytes of all compressed entries: TorchScript compresses its code, storages are never compressed
+_PIECE = 1 << 15  # elements converted at a time: of 2**20 the allocator kept what they took, a quarter of the model
 NAMES = 100_000  # of tensors: modules that hold each other could spell out any number
 
 
@@ -35,12 +36,27 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
-    def read(self) -> Tensor:
-        """Its own bytes of its storage, in memory of its own."""
-        extent = _extent(self.shape, self.stride)
-        data = torch.empty(extent * self.dtype.itemsize, dtype=torch.uint8)
-        self.archive.read_into(self.entry, self.offset * self.dtype.itemsize, data)
-        return data.view(self.dtype).as_strided(self.shape, self.stride)
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Its own part of its storage, in memory of its own, as ``dtype`` if it is floating."""
+        self.archive.seek(self.entry, self.offset * self.dtype.itemsize)
+        return read(self.archive.file, _extent(self.shape, self.stride), self.dtype, dtype).as_strided(self.shape, self.stride)
+
+
+def read(file: IO[bytes], count: int, stored: torch.dtype, dtype: torch.dtype | None) -> Tensor:
+    """The next elements of a file, [count], as ``dtype`` if they are floating: then in pieces, without a second whole copy."""
+    if not dtype or dtype == stored or not stored.is_floating_point:
+        return _next(file, count, stored)
+    out = torch.empty(count, dtype=dtype)
+    for piece in out.split(_PIECE):
+        piece.copy_(_next(file, len(piece), stored))
+    return out
+
+
+def _next(file: IO[bytes], count: int, dtype: torch.dtype) -> Tensor:
+    data = torch.empty(count, dtype=dtype)
+    if count and file.readinto(data.view(torch.uint8).numpy()) != data.nbytes:  # type: ignore[attr-defined]
+        raise ValueError("a tensor ends too early")
+    return data
 
 
 class Object:
@@ -92,13 +108,11 @@ class Archive:
             raise ValueError(f"{entry} has {size:,} bytes, expected at most {INDEX:,}")
         return self.zip.read(entry)
 
-    def read_into(self, entry: str, start: int, data: Tensor) -> None:
-        """Bytes [start, start + len(data)) of an entry that is not compressed."""
+    def seek(self, entry: str, start: int) -> None:
+        """To that byte of an entry that is not compressed."""
         self.file.seek(self.entries[entry].header_offset + 26)  # the local header: 30 bytes, the name, an extra field
         name, extra = (int.from_bytes(self.file.read(2), "little") for _ in range(2))
         self.file.seek(name + extra + start, io.SEEK_CUR)
-        if self.file.readinto(data.numpy()) != len(data):  # type: ignore[attr-defined]
-            raise ValueError(f"{entry} ends too early")
 
     # ---- what TorchScript's classes say of themselves
 

@@ -1,7 +1,7 @@
 """One checkpoint file -> the tensors of a model, and what the file says of it. Nothing in a file is executed.
 
 Zips of PyTorch and TorchScript are read by archive.py, older pickles by torch's own `weights_only` reader. Only the tensors of
-the model are read, each into memory of its own: a file that was loaded may be written again, or removed.
+the model are read, each once and into memory of its own: a file that was loaded may be written again, or removed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from clipfast.files import first_line, parsed
+from clipfast.weights import archive
 from clipfast.weights.archive import Archive, Stored
 
 _CALLS: tuple[set[str], ...] = ({"quick_gelu"}, {"gelu"})
@@ -34,14 +35,17 @@ class Checkpoint(NamedTuple):
     model_config: dict[str, Any]  # arguments of CLIP that the file tells
 
 
-def read(path: Path) -> Checkpoint:
-    """The checkpoint in a file, on the CPU; ValueError where it is none or damaged, OSError where it cannot be read."""
+def read(path: Path, dtype: torch.dtype | None = None) -> Checkpoint:
+    """The checkpoint in a file, on the CPU; ValueError where it is none or damaged, OSError where it cannot be read.
+
+    dtype: what floating tensors become as they are read, so that two copies of a model are never there.
+    """
     path.open("rb").close()  # if it may not be read, Python's own error says so
     try:
         if path.suffix == ".safetensors":
-            return _safetensors(path)
+            return _safetensors(path, dtype)
         if zipfile.is_zipfile(path):
-            return _zip(path)
+            return _zip(path, dtype)
         with torch.serialization.safe_globals(_NUMBERS):
             return _chosen(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged file makes its reader raise nearly anything
@@ -60,16 +64,17 @@ class _NoMappingError(ValueError):
     """A whole file that holds something else."""
 
 
-def _zip(path: Path) -> Checkpoint:
-    with Archive(path) as archive:
-        if archive.is_torchscript:
-            state: Any = archive.state()
-            called = archive.activations()
+def _zip(path: Path, dtype: torch.dtype | None) -> Checkpoint:
+    with Archive(path) as held:
+        if held.is_torchscript:
+            state: Any = held.state()
+            called = held.activations()
             # Its code tells the activation, where it calls one: what OpenAI's archives and traced models of open_clip do.
             chosen = Checkpoint(state, {"quick_gelu": called == {"quick_gelu"}} if called in _CALLS else {})
         else:
-            chosen = _chosen(archive.tree)
-        return Checkpoint({n: t.read() if isinstance(t, Stored) else t for n, t in chosen.state.items()}, chosen.model_config)
+            chosen = _chosen(held.tree)
+        state = {n: t.read(dtype) if isinstance(t, Stored) else t for n, t in chosen.state.items()}
+        return Checkpoint(state, chosen.model_config)
 
 
 def _chosen(tree: Any) -> Checkpoint:
@@ -91,7 +96,7 @@ _TYPES = {
 }
 
 
-def _safetensors(path: Path) -> Checkpoint:
+def _safetensors(path: Path, dtype: torch.dtype | None) -> Checkpoint:
     """Read, not mapped: tensors of a mapped file change or fault when somebody writes that file again."""
     with safetensors.safe_open(path, "pt") as file:  # it checks that sizes and places fit each other and the file
         told = (file.metadata() or {}).get("model_config")
@@ -102,8 +107,7 @@ def _safetensors(path: Path) -> Checkpoint:
         for name, entry in header.items():
             if name != "__metadata__":
                 start, end = entry["data_offsets"]
-                data = torch.empty(end - start, dtype=torch.uint8)
+                stored = _TYPES[entry["dtype"]]
                 stream.seek(8 + size + start)
-                stream.readinto(data.numpy())  # type: ignore[attr-defined, arg-type]
-                state[name] = data.view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
+                state[name] = archive.read(stream, (end - start) // stored.itemsize, stored, dtype).reshape(entry["shape"])
     return Checkpoint(state, parsed(told, "its model_config") if told else {})

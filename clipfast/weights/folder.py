@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+import torch
+
 from clipfast.files import first_line, read_parsed
 from clipfast.inputs import Preprocess
 from clipfast.weights.files import read
@@ -101,10 +103,10 @@ def _tokenizer(other: dict[str, Any], sizes: Sizes) -> str | None:
 
 
 def _weights(where: str, find: Find, *names: str) -> State:
-    """All tensors of the first file that is there, or of the shards that its index lists."""
+    """All tensors of the first file that is there, or of the shards that its index lists; floating ones in fp32."""
     for name in names:
         if path := find(name):
-            return read(path).state
+            return read(path, torch.float32).state
         if index := find(f"{name}.index.json"):
             state: State = {}
             for shard in sorted(set(read_parsed(index).get("weight_map", {}).values())):
@@ -112,7 +114,7 @@ def _weights(where: str, find: Find, *names: str) -> State:
                     raise ValueError(f"{where}: {index.name} lists {shard!r}, expected a file beside it")
                 if not (path := find(shard)):
                     raise FileNotFoundError(f"{where}: {index.name} lists {shard}, which is not there: place it beside")
-                state |= read(path).state
+                state |= read(path, torch.float32).state
             return state
     raise FileNotFoundError(f"{where}: lacks {' and '.join(names)}: place one of them beside the configuration")
 

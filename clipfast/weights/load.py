@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from clipfast.inputs import Preprocess
 from clipfast.model import CLIP
@@ -118,7 +119,7 @@ def _found(where: str, download_root: str | None, ignore: tuple[str, ...]) -> Fo
 
 
 def _from_file(path: Path, ignore: tuple[str, ...]) -> Found:
-    return _from_checkpoint(str(path), files.read(path), ignore)
+    return _from_checkpoint(str(path), files.read(path, torch.float32), ignore)
 
 
 def _from_checkpoint(where: str, checkpoint: files.Checkpoint, ignore: tuple[str, ...]) -> Found:
@@ -280,7 +281,7 @@ def _empty(where: str, sizes: Sizes, state: State) -> CLIP:
     absent = {} if "image" in towers else _NO_IMAGE
     absent |= {} if "text" in towers else _NO_TEXT
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Shapes():
             model = CLIP(**(arguments | absent))
         model.visual.preprocess = Preprocess(model.visual.input_resolution, **pixels)
     except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
@@ -289,6 +290,18 @@ def _empty(where: str, sizes: Sizes, state: State) -> CLIP:
         model.visual.fold_batch_norms()
     _without_towers(model, towers, state)
     return model
+
+
+class _Shapes(TorchFunctionMode):
+    """Nothing is drawn or computed: on the meta device torch does that in Python, and imports torch._dynamo and sympy (2 s)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs.get("tensor", *args[:1])
+        if func in (Tensor.mul, Tensor.log) and args[0].is_meta:
+            return args[0]
+        return (torch.empty if func is torch.randn else func)(*args, **kwargs)
 
 
 _NO_IMAGE = {"image_resolution": 1, "vision_layers": 1, "vision_width": 64, "vision_patch_size": 1, "vision_heads": 1}

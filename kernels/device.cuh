@@ -1,9 +1,10 @@
 // Helpers of the CUDA kernels: types, launches, the instructions of Hopper, the vendor's matrix product.
 #pragma once
 
-#ifdef CLIPFAST_EMULATED  // tests/test_cuda_emulated.py: the same kernels on the host, without torch
+#ifdef CLIPFAST_EMULATED  // tests/kernels: the same kernels on the host, with or without what torch calls
 #include "cuda_emulator.h"
 #else
+#define CLIPFAST_TORCH
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -186,6 +187,17 @@ template <class T> __device__ inline uint32_t pack(float low, float high) {  // 
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   return both;
 }
+template <class T> __device__ inline void unpack(uint32_t both, float& low, float& high) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const float2 wide = __half22float2(*reinterpret_cast<const __half2*>(&both));
+    low = wide.x, high = wide.y;
+  } else {
+    low = __uint_as_float(both << 16), high = __uint_as_float(both & 0xffff0000u);
+  }
+}
+__device__ inline float float_of(uint32_t bits) { return __uint_as_float(bits); }
+__device__ inline uint32_t bits_of(float x) { return __float_as_uint(x); }
+template <class T> __device__ inline T* aligned_to_16(T* p) { return p; }
 // 16 bytes of shared memory from global memory past L1: `bytes` of them, the rest zeros. Both addresses are aligned to 16 bytes.
 __device__ inline void copy_async(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
@@ -233,6 +245,40 @@ inline auto tensor_map_encoder() {
 }
 #endif
 
+// ---- vectors ----
+// Elements in whole registers, which the compiler would take apart: `words` are read and written 16 bytes at a time.
+template <class T, int count> struct alignas(16) Packed {
+  static constexpr int kWords = count * sizeof(T) / 4;
+  uint32_t words[kWords];
+
+  Packed() = default;
+  // Rounded to nearest
+  __device__ explicit Packed(const float (&x)[count]) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i)
+      if constexpr (sizeof(T) == 2)
+        words[i] = pack<T>(x[2 * i], x[2 * i + 1]);
+      else
+        words[i] = bits_of(x[i]);
+  }
+  __device__ void store(T* to) const { *reinterpret_cast<Packed*>(aligned_to_16(to)) = *this; }
+
+  __device__ void widen(float (&to)[count]) const {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i)
+      if constexpr (sizeof(T) == 2)
+        unpack<T>(words[i], to[2 * i], to[2 * i + 1]);
+      else
+        to[i] = float_of(words[i]);
+  }
+  __device__ void turn(uint32_t bits) {
+#pragma unroll
+    for (uint32_t& word : words) word ^= bits;
+  }
+};
+template <int count, class T> __device__ inline Packed<T, count> load_packed(const T* from) {
+  return *reinterpret_cast<const Packed<T, count>*>(aligned_to_16(from));
+}
 }  // namespace clipfast
 
 // Two functions of the cuBLAS that torch has loaded (the C interface of CUDA 11 to 13; enumerations are int). Not linked: the symbols
@@ -267,7 +313,7 @@ void multiply(
 
 }  // namespace clipfast
 
-#ifndef CLIPFAST_EMULATED
+#ifdef CLIPFAST_TORCH
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -284,13 +330,33 @@ namespace clipfast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+template <class T> T* data(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
+
+// x itself where it is of this type, contiguous and starts at 16 bytes, else a copy that is.
+inline Tensor vectors_of(const Tensor& x, ScalarType type) {
+  const Tensor typed = contiguous(to(x, type));
+  return reinterpret_cast<uintptr_t>(typed.data_ptr()) % 16 ? clone(typed) : typed;
+}
+
+#ifdef CLIPFAST_EMULATED
+#include "cuda_emulator_torch.h"
+#else
+#define CLIPFAST_DEVICE CUDA
+inline Tensor fresh(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  return new_empty(like, sizes, type);
+}
+
+// x's device is the current one.
+struct Guard {
+  torch::stable::accelerator::DeviceGuard guard;
+  explicit Guard(const Tensor& x) : guard(x.get_device_index()) {}
+};
+
 inline cudaStream_t stream_of(const Tensor& x) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
-
-template <class T> T* data(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
 
 // A call on x's device, which must be the current one.
 inline Call call_on(const char* op, const Tensor& x) {
@@ -308,6 +374,7 @@ inline Call call_on(const char* op, const Tensor& x) {
   };
   return {op, sms, stream_of(x), allocate, blas};
 }
+#endif
 
 }  // namespace clipfast
 #endif

@@ -269,7 +269,7 @@ void gradients(
 }
 
 // ---- the tail that knows torch ----
-#ifndef CLIPFAST_EMULATED
+#ifdef CLIPFAST_TORCH
 
 inline float* wanted(const Tensor& gradient) { return gradient.numel() ? data<float>(gradient) : nullptr; }
 
@@ -280,7 +280,8 @@ struct Inputs {
   int64_t n, N, D, offset;
 
   Inputs(const char* op, const Tensor& image_, const Tensor& text_, const Tensor& scale_, int64_t offset_)
-      : guard(image_.get_device_index()), call(call_on(op, image_)), image(contiguous(image_)), text(contiguous(text_)),
+      : guard(image_.get_device_index()), call(call_on(op, image_)), image(vectors_of(image_, image_.scalar_type())),
+        text(vectors_of(text_, image_.scalar_type())),
         scale(to(scale_, ScalarType::Float)), n(image.size(0)), N(text.size(0)), D(image.size(1)),
         offset(std::min(std::max(offset_, -n), N)) {}  // beyond these no row has its pair, and sums cannot overflow
 

@@ -370,7 +370,7 @@ void backward(const Call& call, const Problem<T>& p, int64_t longest, const Matr
 }
 
 // ---- the tail that knows torch ----
-#ifndef CLIPFAST_EMULATED
+#ifdef CLIPFAST_TORCH
 
 // x itself where a row's chunks of 16 bytes are aligned, else a copy that has them so.
 Tensor with_aligned_rows(const Tensor& x) {
@@ -435,7 +435,7 @@ Tensor backward_op(
   return dqkv;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(clipfast, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(clipfast, CLIPFAST_DEVICE, m) {
   m.impl("attention_cuda", TORCH_BOX(&forward_op));
   m.impl("attention_backward_cuda", TORCH_BOX(&backward_op));
 }

@@ -316,7 +316,7 @@ void backward(
 }
 
 // ---- the tail that knows torch ----
-#ifndef CLIPFAST_EMULATED
+#ifdef CLIPFAST_TORCH
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_op(
     const Tensor& image, const Tensor& text, const Tensor& scale, int64_t offset) {
@@ -344,7 +344,7 @@ std::tuple<Tensor, Tensor> backward_op(
   return {image_grad, text_grad};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(clipfast, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(clipfast, CLIPFAST_DEVICE, m) {
   m.impl("contrastive_cuda", TORCH_BOX(&forward_op));
   m.impl("contrastive_backward_cuda", TORCH_BOX(&backward_op));
 }

@@ -60,11 +60,10 @@ def _supports_cpu(*args: object) -> str | None:
 
 
 def _supports_cuda(first: Tensor, *rest: object) -> str | None:
-    weight = next(a for a in rest if isinstance(a, Tensor) and a.ndim == 1 and a.shape == first.shape[-1:])
     if first.device.type != "cuda":
         return f"expected CUDA tensors, got {first.device}"
-    if first.dtype not in (torch.float32, torch.float16, torch.bfloat16) or weight.dtype not in (torch.float32, first.dtype):
-        return f"expected float32, float16 or bfloat16 with gains alike or float32, got {first.dtype} with {weight.dtype}"
+    if first.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"expected float32, float16 or bfloat16, got {first.dtype}"
     C = first.shape[-1]
     return None if C % 8 == 0 and C <= 4096 else f"expected a multiple of 8 channels, at most 4096, got {C}"
 

@@ -121,7 +121,7 @@ void forward(
 }
 
 // ---- the tail that knows torch ----
-#ifndef CLIPFAST_EMULATED
+#ifdef CLIPFAST_TORCH
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(
     const Tensor& image, const Tensor& text, const Tensor& scale, const Tensor& bias_, int64_t offset, bool want_image,
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(
   return {loss, slope, image_grad, text_grad};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(clipfast, CUDA, m) { m.impl("pairwise_sigmoid_cuda", TORCH_BOX(&forward_op)); }
+STABLE_TORCH_LIBRARY_IMPL(clipfast, CLIPFAST_DEVICE, m) { m.impl("pairwise_sigmoid_cuda", TORCH_BOX(&forward_op)); }
 #endif
 
 }  // namespace

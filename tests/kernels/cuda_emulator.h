@@ -30,9 +30,11 @@
 #define __grid_constant__
 #define __shared__ static  // one CTA at a time where it is used
 #define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define threadIdx (*emulated::self)
 #define blockIdx (*emulated::self->cta)
 #define blockDim (emulated::machine)
+#define gridDim (emulated::machine.grid)
 
 // ---- types and names of CUDA ----
 using std::max, std::min;
@@ -115,6 +117,7 @@ struct Thread {
 struct Copy { const CUtensorMap* map; std::vector<Cta*> to; uint32_t address, barrier; int x, y, delay; };  // cp.async.bulk.tensor
 struct Machine {
   unsigned x;  // threads of a CTA
+  struct { unsigned x; } grid;  // CTAs
   std::mt19937 random;
   std::deque<Thread> threads;
   std::deque<Cta> ctas;
@@ -229,6 +232,7 @@ inline void execute(Cta& cta, const Warp& warp, const Product& p) {
       p.d[lane][i] = (p.add ? p.d[lane][i] : 0.0f) + c[lane / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (lane % 4) + i % 2];
 }
 // ---- a launch ----
+template <class F> std::string guarded(const F& call);
 inline void fibre() {
   try {
     (*machine.body)();
@@ -284,8 +288,15 @@ inline void run_cluster(unsigned first, int cluster, int threads, int shared) {
 }
 inline void run(int64_t ctas, int threads, int cluster, int shared, const std::function<void()>& body) {
   require(ctas > 0 && ctas % cluster == 0 && threads % 32 == 0 && threads <= 1024 && shared <= 232448, "a launch out of range");
-  machine.x = threads, machine.body = &body;
-  for (int64_t first = 0; first < ctas; first += cluster) run_cluster(first, cluster, threads, shared);
+  machine.x = threads, machine.grid.x = ctas, machine.body = &body;
+  const auto run_all = [&] {
+    for (int64_t first = 0; first < ctas; first += cluster) run_cluster(first, cluster, threads, shared);
+  };
+#ifdef CLIPFAST_TORCH  // nobody outside catches a fault
+  if (const std::string error = guarded(run_all); !error.empty()) throw std::runtime_error(error);
+#else
+  run_all();
+#endif
 }
 // The error of this call, or nothing; an access outside a buffer is one.
 inline sigjmp_buf outside;
@@ -346,6 +357,8 @@ inline bool __all_sync(unsigned, bool value) {
 }
 inline void __syncwarp() { emulated::meet(4); }
 inline void __syncthreads() { emulated::sync_named(emulated::self->cta->named[0], emulated::machine.x); }
+
+inline float rsqrtf(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
 
 // ---- what stands for instructions in kernels/device.cuh ----
 namespace clipfast {
@@ -429,7 +442,18 @@ template <class T> uint32_t pack(float low, float high) {
   };
   return bits(low) | bits(high) << 16;
 }
+template <class T> void unpack(uint32_t both, float& low, float& high) {
+  low = emulated::value(static_cast<uint16_t>(both), std::is_same_v<T, __half>);
+  high = emulated::value(static_cast<uint16_t>(both >> 16), std::is_same_v<T, __half>);
+}
+inline float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+inline uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }
 inline bool aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
+// "ld", "st": an address is a multiple of the size of the access, which vectors' are not more than 16 bytes at a time.
+template <class T> T* aligned_to_16(T* p) {
+  require(aligned(p, 16), "a vector not aligned to 16 bytes");
+  return p;
+}
 // "cp.async": both addresses aligned to the 16 bytes; arrives at the wait for its group, for the thread that waits.
 inline void copy_async(void* to, const void* from, int bytes) {
   require(shared_address(to) % 16 == 0 && aligned(from, 16) && bytes >= 0 && bytes <= 16, "cp.async");

@@ -26,6 +26,7 @@ from tests.kernels.mutants import COMPILED, TRITON
 ROOT = Path(__file__).parents[2]
 BUILT = ROOT / "build" / "cmake"
 LOSSES = ("contrastive", "pairwise_sigmoid")
+SHARED = {"device.cuh": ("layer_norm",)}  # files of several ops, others the losses'
 SECONDS = 600.0  # a kernel that hangs is found out, too
 
 
@@ -51,7 +52,7 @@ class Mutation(NamedTuple):
     def ops(self) -> tuple[str, ...]:
         """Whose tests must find it."""
         op = self.file.partition("/")[0]
-        return (op,) if (ROOT / "kernels" / op).is_dir() else LOSSES
+        return (op,) if (ROOT / "kernels" / op).is_dir() else SHARED.get(self.file, LOSSES)
 
 
 ALL = [Mutation(file, *pair) for table in (TRITON, COMPILED) for file, pairs in table.items() for pair in pairs]
@@ -122,7 +123,7 @@ def survives_compiled(mutation: Mutation) -> bool:
             losses = ["tests/loss/test_loss.py"] if mutation.ops[0] in LOSSES else []
             tests = ["tests/kernels/test_kernels.py", *losses, "-k", f"{rows} or (test_loss and cpu)"]
         else:
-            tests = [f"tests/kernels/test_{'attention' if mutation.ops == ('attention',) else 'cuda'}_emulated.py"]
+            tests = [f"tests/kernels/test_{'cuda' if mutation.ops[0] in LOSSES else mutation.ops[0]}_emulated.py"]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         try:

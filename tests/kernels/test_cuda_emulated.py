@@ -115,14 +115,17 @@ class Given(ctypes.Structure):
     ]
 
 
-def compiled(harness: str, work: Path) -> ctypes.CDLL:
-    """The library of a harness that includes kernels; skips the test where there is no compiler."""
+def compiled(harness: str, work: Path, with_torch: bool = False) -> ctypes.CDLL:
+    """The library of a harness that includes kernels, with or without torch; skips the test where there is no compiler."""
     if (compiler := shutil.which("g++")) is None:
         pytest.skip("g++ is not on the PATH")
     (work / "harness.cpp").write_text(harness)
     flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-w", "-fno-strict-aliasing"]
+    if with_torch:
+        libraries = Path(torch.__file__).parent
+        flags += [f"-I{libraries}/include", f"-L{libraries}/lib", f"-Wl,-rpath,{libraries}/lib", "-ltorch_cpu", "-ltorch"]
     includes = [f"-I{ROOT / folder}" for folder in ("", "kernels", "tests/kernels")]
-    command = [compiler, *flags, *includes, str(work / "harness.cpp"), "-o", str(work / "harness.so")]
+    command = [compiler, *includes, str(work / "harness.cpp"), *flags, "-o", str(work / "harness.so")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(work / "harness.so"))

@@ -33,6 +33,7 @@ from clipfast.train.job import Job, joined, place
 from clipfast.weights import LAYOUTS, export, load
 
 USER_ERRORS = (*UNREADABLE, TypeError, RuntimeError, ArithmeticError, ImportError, MemoryError, csv.Error)
+LONG = 7 * 24 * 3600  # seconds that a rank waits for another's last shard; of one that died torchrun tells the others
 OTHERS = ("probe", "few-shot", "overlap", "bias", "robustness")  # tasks of clipfast.evaluate.command
 Name = Annotated[str, "published model, hf-hub:... or path of a checkpoint"]
 Device = Annotated[str, "cpu, cuda, ...; default: cuda if there is one"]
@@ -143,25 +144,32 @@ def _load_to_read(name: str, device: str) -> tuple[CLIP, Preprocess]:
 
 
 def run_eval(data: DataConfig, options: Eval, asked: Measure) -> None:
-    """Measure a model or a classifier; MODEL... --suite FILE.toml measures several on a suite of data sets."""
-    name = options.checkpoint or options.model
-    reading = {"batch_size": options.batch_size, "threads": data.workers, "tally": Tally(data.max_bad)}
-    if options.task == "classify":
-        results = _classifier(name, data.open(), options, reading)
-    elif options.task != "retrieval" and (asked != Measure() or options.templates.endswith(".json") or options.task in OTHERS):
-        load_it = partial(_load_to_read, device=options.device)
-        files = options.classes, options.templates, options.out
-        results = measure(name, options.task, data, asked, load_it, *files, reading)
-    else:
-        score, source = _measure(options.task, options.classes, options.templates), data.open()
-        results = score(*_load_to_read(name, options.device), source, **reading)
+    """Measure a model or a classifier, alone or on every process that torchrun starts; MODEL... --suite FILE.toml measures
+    several on a suite of data sets."""
+    with joined(options.device or "auto", timeout=LONG) as job:
+        results = _evaluated(data, options, asked, job)
+    if job.rank:
+        return
     for key, value in results.items():
         if isinstance(value, list | dict | None):
             continue  # printed as a table, or for results.json alone
         print(f"{key:20} {f'{value:8.2%}' if isinstance(value, float) else f'{value:6}'}")
     if options.out:
         with output_folder(options.out) as folder, replacing(folder / "results.json") as file:
-            file.write(json.dumps({"task": options.task, "model": name, "data": data.data} | results, indent=1).encode())
+            file.write(json.dumps({"task": options.task, "model": options.checkpoint or options.model, "data": data.data}
+                                  | results, indent=1).encode())  # fmt: skip
+
+
+def _evaluated(data: DataConfig, options: Eval, asked: Measure, job: Job) -> dict[str, Any]:
+    name, load_it = options.checkpoint or options.model, partial(_load_to_read, device=str(job.device))
+    reading = {"batch_size": options.batch_size, "threads": data.workers, "tally": Tally(data.max_bad)}
+    if options.task == "classify":
+        return _classifier(name, data.open(), options, reading)
+    plain = options.task == "retrieval" or (asked == Measure() and not options.templates.endswith(".json"))
+    if options.task in OTHERS or asked.features or not plain:
+        return measure(name, options.task, data, asked, load_it, options.classes, options.templates, options.out, reading, job)
+    score, source = _measure(options.task, options.classes, options.templates), data.open()
+    return score(*load_it(name), source, job=job, **reading)
 
 
 def _classifier(name: str, source: Source, options: Eval, reading: dict[str, Any]) -> dict[str, float]:
@@ -174,8 +182,8 @@ def _classifier(name: str, source: Source, options: Eval, reading: dict[str, Any
 
 def run_suite(options: SuiteOptions) -> None:
     """Measure several models on a suite of data sets; what is there already is not made again."""
-    reading = {"batch_size": options.batch_size}
-    suite_of(options, partial(_load_to_read, device=options.device), reading)
+    with joined(options.device or "auto", timeout=LONG) as job:
+        suite_of(options, partial(_load_to_read, device=str(job.device)), {"batch_size": options.batch_size}, job)
 
 
 def run_classify(options: Classify) -> None:
@@ -198,8 +206,7 @@ def run_classify(options: Classify) -> None:
 def run_embed(data: DataConfig, options: Embed) -> None:
     """Write the vectors of a folder, a table or shards, alone or on every process that torchrun starts; a second call goes on
     where the first was interrupted."""
-    # A rank may wait for another's last shard for long; of one that died torchrun tells the others.
-    with joined(options.device or "auto", timeout=7 * 24 * 3600) as job:
+    with joined(options.device or "auto", timeout=LONG) as job:
         source = data.open()
         model, preprocess = _load_to_read(options.model, str(job.device))
         parts = embed(

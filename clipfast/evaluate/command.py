@@ -14,15 +14,17 @@ import torch
 from clipfast.data import DataConfig
 from clipfast.evaluate.bias import bias, labelled
 from clipfast.evaluate.datasets import EvalSet, class_weights, lines, read_text
+from clipfast.evaluate.features import unprojected
 from clipfast.evaluate.figures import page
 from clipfast.evaluate.overlap import nearest, overlaps
 from clipfast.evaluate.probe import README_PENALTY, Head
 from clipfast.evaluate.robustness import robustness
 from clipfast.evaluate.suite import Suite, identity, run_suite, table
-from clipfast.evaluate.tasks import Bench, unprojected
+from clipfast.evaluate.tasks import Bench
 from clipfast.files import output_folder, read_parsed, replacing
 from clipfast.inputs import Preprocess, read_image
 from clipfast.model import CLIP
+from clipfast.train.job import ALONE, Job
 
 Load = Callable[[str], tuple[CLIP, Preprocess]]
 
@@ -39,6 +41,7 @@ class Measure:
     calibration: Annotated[bool, "also the expected calibration error"] = False
     confusion: Annotated[bool, "also the confusion matrix, in results.json"] = False
     similarity: Annotated[float, "cosine from which an image counts as a near-duplicate"] = 0.95
+    features: Annotated[str, "folder that features are kept in: a later evaluation reads them"] = ""
     designs: Annotated[str, 'JSON of bias: {"designs": {name: [labels]}, "groups": {name: [labels]}}'] = ""
 
 
@@ -47,14 +50,16 @@ class SuiteOptions:
     models: Annotated[list[str], "published models, hf-hub:... or paths of checkpoints"]
     suite: Annotated[str, "TOML file of data sets, or paper: the paper's 27 + 2 + 7"] = "paper"
     out: Annotated[str, "folder for cells, results.json and report.html; a second run goes on there"] = "suite"
+    features: Annotated[str, "folder that features are kept in; default: features in the other one"] = ""
     batch_size: Annotated[int, "images at a time"] = 64
     device: Annotated[str, "cpu, cuda, ...; default: cuda if there is one"] = ""
 
 
 def measure(
-    name: str, task: str, data: DataConfig, options: Measure, load: Load, classes: str, templates: str, out: str, reading: Any
-) -> dict[str, Any]:
-    """The results of one task."""
+    name: str, task: str, data: DataConfig, options: Measure, load: Load, classes: str, templates: str, out: str, reading: Any,
+    job: Job = ALONE,
+) -> dict[str, Any]:  # fmt: skip
+    """The results of one task; every rank of a job has them."""
     if task == "robustness":
         return _robustness(data.data)
     if task == "bias":  # its table needs no captions
@@ -66,10 +71,12 @@ def measure(
     )  # fmt: skip
     if task in ("probe", "few-shot", "overlap") and not options.train:
         raise ValueError(f"expected --train, the training split, for {task}")
-    bench = Bench(*load(name), entry, **reading)
+    bench = Bench(*load(name), entry, cache=options.features, job=job, **reading)
     if task == "zero-shot":
         subset = lines(read_text(options.subset)) if options.subset else []
         return bench.zero_shot(subset, options.calibration, options.confusion)
+    if task == "retrieval":
+        return bench.retrieval()
     if task == "few-shot":
         return bench.few_shot([int(own) for own in options.shots.split(",")], options.seeds)
     if task == "overlap":
@@ -81,7 +88,7 @@ def measure(
             f"expected --task zero-shot, probe, few-shot, retrieval, robustness, overlap, bias or classify, got {task!r}"
         )
     probe, results = bench.probe(options.readme, README_PENALTY if options.readme else None)
-    if out:
+    if out and job.rank == 0:
         about = probe.head.about | {"projected": options.readme, "model": name, "identity": identity(name)}
         probe.head._replace(about=about).save(out)
     return results
@@ -103,7 +110,7 @@ def _robustness(path: str) -> dict[str, Any]:
 
 def _overlap(bench: Bench, similarity: float) -> dict[str, Any]:
     test, named = bench.features("test", True), bench.named()
-    targets, train = bench.targets(test, named, "test"), bench.images("train").features
+    targets, train = bench.targets(test, named, "test"), bench.images("train").vectors["image"]
     weights = class_weights(bench.model, [*named.values()], bench.data.prompts()).cpu()
     hits = labelled(torch.from_numpy(test.features), weights, np.arange(len(named)).tolist()) == targets
     near = nearest(test.features, [train])
@@ -122,15 +129,16 @@ def _bias(bench: Bench, path: str) -> dict[str, Any]:
     reader = bench.data.reader
     by_key = {row[reader.image_column]: row for row in _attributes(reader)}
     found = bench.images("test")
-    if unknown := [key for key in found.keys if key not in by_key]:
+    keys = [row["key"] for row in found.rows]
+    if unknown := [key for key in keys if key not in by_key]:
         raise ValueError(f"{reader.data}: expected a row of every image, got none of {unknown[:3]}")
     columns = [own for own in next(iter(by_key.values())) if own != reader.image_column]
-    attributes = {own: [by_key[key][own] for key in found.keys] for own in columns}
+    attributes = {own: [by_key[key][own] for key in keys] for own in columns}
     prompts = bench.data.prompts()
     predictions = {}
     for design, names in given["designs"].items():
         weights = class_weights(bench.model, names, prompts).cpu()
-        predictions[design] = labelled(torch.from_numpy(found.features), weights, names)
+        predictions[design] = labelled(torch.from_numpy(found.vectors["image"]), weights, names)
     shares = bias(predictions, given["groups"], attributes)
     print(shares.table())
     return {"shares": shares.summary()}
@@ -167,10 +175,12 @@ def by_head(path: str, name: str, image: str, load: Load) -> list[tuple[float, s
     return sorted(pairs, reverse=True)
 
 
-def suite_of(options: SuiteOptions, load: Load, reading: Any) -> None:
-    """Measure models on a suite of data sets."""
+def suite_of(options: SuiteOptions, load: Load, reading: Any, job: Job = ALONE) -> None:
+    """Measure models on a suite of data sets; the ranks of a job make the features together, the first one the rest."""
     suite = Suite.read(options.suite)
-    rows = run_suite(options.models, suite, options.out, load, _tell, **reading)
+    rows = run_suite(options.models, suite, options.out, load, _tell, cache=options.features, job=job, **reading)
+    if job.rank:
+        return
     print(table(rows))
     with output_folder(options.out) as folder, replacing(folder / "report.html") as file:
         file.write(page(rows, suite).encode())

@@ -93,6 +93,15 @@ def _projection(model: CLIP) -> tuple[Any, str, Tensor | nn.Linear]:
     return holder, name, kept
 
 
+def projects(model: CLIP) -> bool:
+    """Whether the image tower has a projection of its own, and so features before it."""
+    try:
+        _projection(model)
+    except TypeError:
+        return False
+    return True
+
+
 def width(model: CLIP, feature: str, projection: Any = None) -> int:
     """How wide a feature is."""
     if feature != "hidden":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -104,13 +103,12 @@ def _of_file(path: str | os.PathLike[str]) -> Entry:
 
 
 def _of_url(url: str) -> Entry:
-    scheme = (re.match(r"([a-z0-9]+):", url) or ["", ""])[1]
-    if scheme == "pipe":  # what a command will print nobody knows
-        return []
-    if not scheme:
+    if os.path.isfile(url):
         return _of_file(url)
+    if url.lower().startswith("pipe:"):  # what a command will print nobody knows
+        return []
     try:
-        if scheme in ("http", "https"):
+        if url.lower().startswith(("http:", "https:")):
             from urllib.request import Request, urlopen
 
             with urlopen(Request(url, method="HEAD"), timeout=60) as reply:
@@ -129,7 +127,7 @@ def _of_url(url: str) -> Entry:
 
 def _names(urls: Sequence[str]) -> list[str]:
     """Shards of this machine by their names below the folder that holds them all, so that it may be moved."""
-    if any(re.match(r"[a-z0-9]+:", url) for url in urls):
+    if not all(map(os.path.isfile, urls)):
         return list(urls)
     paths = [os.path.abspath(url) for url in urls]
     root = os.path.commonpath([Path(path).parent for path in paths])

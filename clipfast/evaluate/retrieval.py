@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipfast.data.sources import Sample, Source
+from clipfast.data.sources import Rows, Sample, Source
 from clipfast.evaluate.features import encode_images, encode_texts, together
 from clipfast.evaluate.metrics import best_ranks, share
 from clipfast.inputs import Preprocess
@@ -42,6 +42,16 @@ def retrieval(
         ranks = best_ranks(queries, others, query_ids, other_ids)
         results |= {f"{name}_R@{k}": share(ranks < k) for k in ks}
     return results
+
+
+def captioned_once(source: Source) -> Source:
+    """A table's rows about one image as one sample, their captions a line each."""
+    if not isinstance(source, Rows):
+        return source
+    found: dict[str, list[Sample]] = {}
+    for sample in source.rows:
+        found.setdefault(sample.key, []).append(sample)
+    return Rows([own[0]._replace(caption="\n".join(sample.caption or "" for sample in own)) for own in found.values()])
 
 
 def retrieval_source(model: CLIP, preprocess: Preprocess, source: Source, job: Job = ALONE, **reading: Any) -> dict[str, float]:

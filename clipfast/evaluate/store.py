@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipfast.evaluate.listing import Entry
-from clipfast.files import replacing
+from clipfast.files import parsed, read_parsed, replacing
 
 KINDS = {"image": "img_emb", "hidden": "hidden_emb", "text": "text_emb"}
 FORMATS = ("npy", "clip-retrieval", "parquet")
@@ -34,17 +34,6 @@ Row = dict[str, Any]
 class Part(NamedTuple):
     rows: list[Row]
     vectors: dict[str, np.ndarray]
-
-
-def read_json(path: Path, kind: type) -> Any:
-    """The object in a file of ours; what is no such thing is told in one line."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, got {type(error).__name__}: {error}; choose another folder") from error
-    if not isinstance(found, kind):
-        raise ValueError(f"{path}: expected a JSON {kind.__name__}, got {type(found).__name__}; choose another folder")
-    return found
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -74,17 +63,14 @@ class Store:
 
     def about(self) -> dict[str, Any] | None:
         path = self.folder / ABOUT
-        return read_json(path, dict) if path.exists() else None
+        return read_parsed(path) if path.exists() else None
 
     def listing(self) -> list[Entry]:
         path = self.folder / LISTING
-        try:
-            with open(path, encoding="utf-8") as file:
-                found = [json.loads(line) for line in file]
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: expected a list in each line, got {error}; choose another folder") from error
-        if bad := [entry for entry in found if not isinstance(entry, list) or not entry]:
-            raise ValueError(f"{path}: expected a list in each line, got {str(bad[0])[:80]}; choose another folder")
+        with open(path, "rb") as file:
+            found = [parsed(line, f"{path}, line {number}", list) for number, line in enumerate(file, 1)]
+        if not all(found):
+            raise ValueError(f"{path}: expected a name in each line, got none in line {found.index([]) + 1}; remove the folder")
         return found
 
     # ---- parts
@@ -107,7 +93,7 @@ class Store:
     def read(self, name: str) -> Part:
         if self.form == "npy":
             with open(self.path("metadata", name), encoding="utf-8") as file:
-                rows = [json.loads(line) for line in file]
+                rows = [parsed(line, file.name) for line in file]
         else:
             table = _parquet().read_table(self.path("metadata", name))
             columns = [own for own in table.column_names if own not in _columns(self.features)]
@@ -141,7 +127,7 @@ class Store:
         """Unit -> its parts, the samples in it and the rows that came of them."""
         found = {}
         for path in (self.folder / DONE).glob("*.json"):
-            about = read_json(path, dict)
+            about = read_parsed(path)
             if not path.stem.isdecimal() or not all(type(about.get(own)) is int for own in ("parts", "samples", "rows")):
                 raise ValueError(f"{path}: expected the numbers of a unit's parts, samples and rows, got {str(about)[:80]}")
             found[int(path.stem)] = about
@@ -154,7 +140,7 @@ class Store:
 
 def read_features(folder: str | Path) -> Part:
     """All rows that `embed` wrote to a folder, and their vectors [rows, D] by feature: mapped where they are one part."""
-    about = read_json(Path(folder) / ABOUT, dict)
+    about = read_parsed(Path(folder) / ABOUT)
     if not isinstance(about.get("parts"), list):
         raise ValueError(f"expected the features of a whole source in {folder}, got a part of them; finish the embed")
     store = Store(Path(folder), about["format"], about["features"])
@@ -180,7 +166,7 @@ def clear(folder: Path) -> None:
 def settle(folder: Path) -> None:
     """A finished refresh takes the place of what was there; killed within, it goes on the next time."""
     place = folder / REFRESH / ABOUT
-    about = read_json(place, dict) if place.exists() else {}
+    about = read_parsed(place) if place.exists() else {}
     if not isinstance(about.get("parts"), list):
         return
     staged, old = (Store(own, about["format"], about["features"]) for own in (folder / REFRESH, folder))

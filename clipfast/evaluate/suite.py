@@ -6,16 +6,19 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clipfast.evaluate.datasets import TASKS, EvalSet
+from clipfast.evaluate.features import together
 from clipfast.evaluate.robustness import robustness
 from clipfast.evaluate.tasks import Bench
-from clipfast.files import output_folder, read_parsed, replacing
+from clipfast.files import locked, output_folder, read_parsed, replacing
 from clipfast.inputs import Preprocess
 from clipfast.model import CLIP
+from clipfast.train.job import ALONE, Job
 
 PAPER = Path(__file__).with_name("paper.toml")
 Row = dict[str, Any]
@@ -74,17 +77,33 @@ def run_suite(
     out: str | Path,
     load: Callable[[str], tuple[CLIP, Preprocess]],
     tell: Callable[[Row], None] = lambda row: None,
+    *,
+    cache: str | Path = "",
+    job: Job = ALONE,
     **reading: Any,
 ) -> list[Row]:
     """A row for each cell: model, dataset, task, and results or the reason why there are none; also out/results.json.
 
     Cells are kept in out/cells by what they depend on: weights, the files of the data, the entry of the suite. `load`: by name.
+    cache: folder of the features, which belong to no suite; by default out/features.
+    job: its ranks make features together; the rest, and so the rows, the first one makes alone.
     """
     if not models or len(set(models)) != len(models):
         raise ValueError(f"expected models, each once, got {list(models)}")
-    rows = []
-    with output_folder(out) as folder:
-        (folder / "cells").mkdir(exist_ok=True)
+    rows, reading = list[Row](), reading | {"cache": cache or Path(out, "features")}
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            if job.rank == 0:
+                stack.enter_context(locked(stack.enter_context(output_folder(out))))
+                (Path(out) / "cells").mkdir(exist_ok=True)
+
+        together(job, begin, lambda made: made)
+        folder = Path(out)
+        for model in models if job.world > 1 else ():
+            _make_features(model, suite, folder / "cells", load, reading, job)
+        if job.rank:
+            return []
         for model in models:
             for row in _of_model(model, suite, folder / "cells", load, reading):
                 rows.append(row)
@@ -93,6 +112,25 @@ def run_suite(
         with replacing(folder / "results.json") as file:
             file.write(json.dumps({"rows": rows, "robustness": robust(rows, suite)}, indent=1).encode())
     return rows
+
+
+def _make_features(model: str, suite: Suite, cells: Path, load: Callable[..., Any], reading: dict[str, Any], job: Job) -> None:
+    """What the tasks of a model will read; what cannot be made is told by the tasks."""
+    due = [
+        (data, task) for data in suite.datasets for task in data.tasks
+        if not data.missing and not (cells / f"{key(model, data, task)}.json").exists()
+    ]  # fmt: skip
+    due = job.share(due)
+    try:
+        network, preprocess = together(job, lambda: load(model) if due else (None, None), lambda made: None)[0]
+    except Exception:  # on every rank; the rows say why
+        return
+    benches: dict[str, Bench] = {}
+    for data, task in due:
+        if data.name not in benches:
+            benches[data.name] = Bench(network, preprocess, data, job=job, **reading)
+        with suppress(Exception):
+            benches[data.name].prepare(task)
 
 
 def _of_model(model: str, suite: Suite, cells: Path, load: Callable[..., Any], reading: dict[str, Any]) -> Iterator[Row]:

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from clipfast.data import Tally, read_images
+from clipfast.data import Tally
+from clipfast.data.sources import Rows, Sample, Source
 from clipfast.evaluate import metrics
 from clipfast.evaluate.datasets import METRICS, MULTILABEL, EvalSet, class_weights, numbered
-from clipfast.evaluate.features import inference, unprojected
+from clipfast.evaluate.embed import depends_on, embed, row_of
+from clipfast.evaluate.features import encode_samples, projects, together, width
 from clipfast.evaluate.few_shot import SHOTS, few_shot
 from clipfast.evaluate.intervals import clopper_pearson
+from clipfast.evaluate.listing import digest
 from clipfast.evaluate.multilabel import multilabel_probe
 from clipfast.evaluate.probe import Probe, linear_probe
-from clipfast.evaluate.retrieval import retrieval_source
-from clipfast.evaluate.zero_shot import zero_shot_weights
+from clipfast.evaluate.retrieval import captioned_once, retrieval
+from clipfast.evaluate.store import Part, read_features
+from clipfast.evaluate.zero_shot import Template, class_likelihoods
 from clipfast.inputs import Preprocess, read_image
 from clipfast.model import CLIP
+from clipfast.train.job import ALONE, Job
 
+ROWS = 16384  # of a part of the cache: 80 MB of both features of a ViT-B
 log = logging.getLogger(__name__)
 
 
@@ -33,52 +42,73 @@ class Encoded(NamedTuple):
     keys: list[str]
 
 
-def encoded(model: CLIP, preprocess: Preprocess, data: EvalSet, split: str, projected: bool, **reading: Any) -> Encoded:
-    """Features of a split: of unit length when projected, else as the paper's probe takes them."""
-    if projected:
-        return _encoded(model, preprocess, data, split, True, **reading)
-    with unprojected(model):
-        return _encoded(model, preprocess, data, split, False, **reading)
-
-
-def _encoded(
-    model: CLIP, preprocess: Preprocess, data: EvalSet, split: str, normalize: bool, *,
-    batch_size: int = 64, threads: int = 2, tally: Tally | None = None, labels_needed: bool = True,
-) -> Encoded:  # fmt: skip
-    tally, field = tally or Tally(), "labels" if data.metric in MULTILABEL else "class"
-    features, labels, keys = list[np.ndarray](), list[Any](), list[str]()
-    for samples, pixels in read_images(data.open(split).samples(), preprocess, batch_size, tally, threads):
-        own = [sample.meta.get(field, sample.caption if field == "class" else None) for sample in samples]
-        lacking = [sample.key for sample, label in zip(samples, own, strict=True) if label is None]
-        if lacking and labels_needed:
-            raise ValueError(f"{data.name}: expected the {field} of every image of {split}, but {lacking[0]} has none")
-        with inference(model) as device:
-            found = model.encode_image(pixels.to(device), normalize=normalize).float()
-        features.append(found.cpu().numpy())
-        labels += own
-        keys += [sample.key for sample in samples]
-    tally.check()
-    if not labels:
-        raise ValueError(f"{data.name}: expected images in {split}, got none")
-    return Encoded(np.concatenate(features), labels, keys)
-
-
 class Bench:
-    """One model and one data set; features of a split are made once for all its tasks."""
+    """One model and one data set; features of a split are made once for all its tasks.
 
-    def __init__(self, model: CLIP, preprocess: Preprocess, data: EvalSet, **reading: Any) -> None:
+    cache: a folder that they are kept in: a later evaluation of the same weights, preprocessing and files reads them, and where
+        files changed makes only those. Without, they live in memory.
+    job: the ranks that make them together, of which each has a Bench of its own on the same cache.
+    """
+
+    def __init__(
+        self, model: CLIP, preprocess: Preprocess, data: EvalSet, *, cache: str | Path = "", job: Job = ALONE, **reading: Any
+    ) -> None:
         self.model, self.preprocess, self.data, self.reading = model, preprocess, data, reading
         self.scale = model.logit_scale.exp().item()
-        self.kept: dict[tuple[str, bool], Encoded] = {}
+        self.cache, self.job = cache, job
+        if job.world > 1 and not cache:
+            raise ValueError("expected a folder for the features, which the ranks share, got none; name one (--features)")
+        self.kept: dict[str, Part] = {}
 
     def features(self, split: str, projected: bool) -> Encoded:
-        if (split, projected) not in self.kept:
-            self.kept[split, projected] = encoded(self.model, self.preprocess, self.data, split, projected, **self.reading)
-        return self.kept[split, projected]
+        """Of unit length when projected, else as the paper's probe takes them."""
+        part, field = self.images(split), "labels" if self.data.metric in MULTILABEL else "class"
+        own = [row.get(field, row["caption"] if field == "class" else None) for row in part.rows]
+        if lacking := [row["key"] for row, label in zip(part.rows, own, strict=True) if label is None]:
+            raise ValueError(f"{self.data.name}: expected the {field} of every image of {split}, but {lacking[0]} has none")
+        return Encoded(self._vectors(part, projected), own, [row["key"] for row in part.rows])
 
-    def images(self, split: str) -> Encoded:
-        """Projected features of a split whose images need no class."""
-        return encoded(self.model, self.preprocess, self.data, split, True, labels_needed=False, **self.reading)
+    def _vectors(self, part: Part, projected: bool) -> np.ndarray:
+        if not projected:
+            width(self.model, "hidden")  # or why there are none
+        return part.vectors["image" if projected else "hidden"]
+
+    def images(self, split: str) -> Part:
+        """Features of a split, whose images need no class."""
+        found = self.made(split, lambda: self.data.open(split), ["image", "hidden"] if projects(self.model) else ["image"])
+        if not found.rows:
+            raise ValueError(f"{self.data.name}: expected images in {split}, got none")
+        return found
+
+    def made(self, name: str, source: Callable[[], Source], features: Sequence[str]) -> Part:
+        if name not in self.kept:
+            opened, _ = together(self.job, source, lambda made: None)
+            self.kept[name] = self._cached(name, opened, features) if self.cache else self._in_memory(opened, features)
+        return self.kept[name]
+
+    def _cached(self, name: str, source: Source, features: Sequence[str]) -> Part:
+        own = depends_on(self.model, self.preprocess, features, "float32", "npy", ROWS)
+        split = "test" if name in ("pairs", "captions") else name
+        own |= {"path": self.data.path(split), "labels": self.data.metric in MULTILABEL}
+        readable = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{self.data.name}-{name}")
+        place = Path(self.cache) / f"{readable}-{digest(json.dumps(own, sort_keys=True))}"
+        embed(
+            self.model, self.preprocess, source, place, features=features, part_size=ROWS, refresh=True, job=self.job,
+            **self.reading,
+        )  # fmt: skip
+        return read_features(place)
+
+    def _in_memory(self, source: Source, features: Sequence[str]) -> Part:
+        tally = self.reading.get("tally") or Tally()
+        rows, blocks = list[dict[str, Any]](), {own: list[np.ndarray]() for own in features}
+        for samples, found in encode_samples(
+            self.model, self.preprocess, source.samples(), features, **self.reading | {"tally": tally}
+        ):
+            rows += map(row_of, samples)
+            for own, vectors in found.items():
+                blocks[own].append(vectors.cpu().numpy())
+        tally.check()
+        return Part(rows, {own: np.concatenate(found) for own, found in blocks.items() if found})
 
     def named(self) -> dict[str, str]:
         if named := self.data.named():
@@ -101,12 +131,24 @@ class Bench:
             return table
         return numbered(found.labels, named, f"{self.data.name}, {split}")
 
+    def scores(
+        self, features: np.ndarray, names: Sequence[str], prompts: Sequence[Template] | dict[str, list[str]]
+    ) -> np.ndarray:
+        """[N, classes] of projected features: scaled cosines, or of a model that predicts captions log-likelihoods."""
+        images = torch.from_numpy(features)
+        if self.model.objective in ("words", "caption"):
+            if isinstance(prompts, dict):
+                raise ValueError(
+                    f"{self.data.name}: expected templates for a model that predicts captions, got prompts by class"
+                )
+            return class_likelihoods(self.model, images, names, prompts).numpy()
+        return (self.scale * images @ class_weights(self.model, names, prompts).cpu().T).numpy()
+
     def zero_shot(self, subset: Sequence[str] = (), calibration: bool = False, confusion: bool = False) -> dict[str, Any]:
         """`subset`: names of classes to choose among; images of the others are left out."""
         found, named = self.features("test", True), self.named()
         targets, names = self.targets(found, named, "test"), [*named.values()]
-        weights = class_weights(self.model, names, self.data.prompts()).cpu()
-        scores = (self.scale * torch.from_numpy(found.features) @ weights.T).numpy()
+        scores = self.scores(found.features, names, self.data.prompts())
         if subset:
             if unknown := [name for name in subset if name not in named and name not in names]:
                 raise ValueError(f"{self.data.name}: expected a subset of its classes, got {unknown[:3]}")
@@ -124,8 +166,7 @@ class Bench:
             )
         results = scored(scores, targets, self.data.metric)
         if not subset:
-            bare = zero_shot_weights(self.model, names, "{}").cpu()
-            results["contextless"] = METRICS[self.data.metric]((torch.from_numpy(found.features) @ bare.T).numpy(), targets)
+            results["contextless"] = METRICS[self.data.metric](self.scores(found.features, names, ["{}"]), targets)
         if (calibration or confusion) and targets.ndim == 2:
             raise ValueError(f"{self.data.name}: expected one label an image for calibration or a confusion matrix")
         if calibration:
@@ -143,9 +184,8 @@ class Bench:
         small, file = read_image(sample.image).convert("RGB"), io.BytesIO()
         small.thumbnail((side, side))
         small.save(file, "JPEG", quality=80)
-        weights = class_weights(self.model, names, self.data.prompts()).cpu()
-        scores = self.scale * torch.from_numpy(found.features[place]) @ weights.T
-        top = scores.softmax(0).topk(min(5, len(names)))
+        scores = self.scores(found.features[place : place + 1], names, self.data.prompts())[0]
+        top = torch.from_numpy(scores).softmax(0).topk(min(5, len(names)))
         right = self.targets(found, named, "test")[place]
         true = [names[n] for n in (np.flatnonzero(right == 1) if np.ndim(right) else [right])]
         guesses = [[names[n], share] for share, n in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
@@ -184,9 +224,35 @@ class Bench:
         found = few_shot(train, test, shots=shots, seeds=seeds, zero_shot=zero, score=metric)
         return found.summary() | {"score": float(np.mean([*found.scores.values()][-1])), "metric": self.data.metric}
 
+    def pairs(self) -> tuple[Part, np.ndarray, list[int]]:
+        """Images of the test split, features of all their captions, and which row of the images each caption is of."""
+        part = self.made("pairs", lambda: captioned_once(self.data.open("test")), ["image"])
+        first = {row["key"]: place for place, row in reversed([*enumerate(part.rows)])}  # of rows about one image its first
+        lines = [(first[row["key"]], line) for row in part.rows for line in (row["caption"] or "").splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"{self.data.name}: expected images with captions, found none; give a table, or shards with .txt")
+        texts = Rows([Sample(str(number), None, line, {}) for number, (_, line) in enumerate(lines)])
+        text = self.made("captions", lambda: texts, ["text"]).vectors["text"]
+        return part, text, [place for place, _ in lines]
+
     def retrieval(self) -> dict[str, Any]:
-        results = retrieval_source(self.model, self.preprocess, self.data.open("test"), **self.reading)
+        """As `retrieval_source`."""
+        part, texts, of = self.pairs()
+        kept = sorted({row["key"]: place for place, row in reversed([*enumerate(part.rows)])}.values())
+        image, text = torch.from_numpy(part.vectors["image"][kept]), torch.from_numpy(texts)
+        text_ids = torch.tensor(of)
+        results: dict[str, Any] = {**retrieval(image, text, torch.tensor(kept), text_ids)}
+        results |= {"images": len(image), "captions": len(text)}
         return results | {"score": results["text_to_image_R@1"], "metric": "text_to_image_R@1"}
+
+    def prepare(self, task: str) -> None:
+        """The features that a task reads."""
+        if task == "retrieval":
+            self.pairs()
+            return
+        for split in ("test", *(("train",) if task != "zero-shot" else ()), *(("validation",) if task == "probe" else ())):
+            if self.data.path(split):
+                self.images(split)
 
     def run(self, task: str) -> dict[str, Any]:
         if task == "probe":

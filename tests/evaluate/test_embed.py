@@ -365,12 +365,12 @@ def test_bad_options(model, tmp_path, options, message):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("embed.json", "[" * 100_000, "embed.json: expected JSON, got RecursionError"),
-        ("embed.json", "{", "embed.json: expected JSON"),
-        ("embed.json", "[1]", "embed.json: expected a JSON dict, got list"),
+        ("embed.json", "[" * 100_000, "embed.json: expected a JSON object, got one that is nested too deeply"),
+        ("embed.json", "{", "embed.json: expected a JSON object, got Expecting"),
+        ("embed.json", "[1]", "embed.json: expected a JSON object, got list"),
         ("embed.json", "{}", "was made by, but weights None -> "),
-        ("listing.jsonl", "{}\n", "listing.jsonl: expected a list in each line, got {}"),
-        ("listing.jsonl", "[" * 100_000, "listing.jsonl: expected a list in each line, got maximum recursion"),
+        ("listing.jsonl", "{}\n", "listing.jsonl, line 1: expected a JSON list, got dict"),
+        ("listing.jsonl", "[" * 100_000, "listing.jsonl, line 1: expected a JSON list, got one that is nested"),
         ("done/00000.json", '{"parts": "two"}', "00000.json: expected the numbers of a unit's parts, samples and rows, got"),
         ("done/x.json", "{}", "x.json: expected the numbers of a unit's parts"),
     ],

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -15,12 +18,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, confusion_matrix
 
 from clipfast.cli import main
-from clipfast.evaluate import encode_texts, metrics
+from clipfast.evaluate import encode_texts, metrics, retrieval_source
 from clipfast.evaluate.datasets import EvalSet, class_weights
+from clipfast.evaluate.features import unprojected
 from clipfast.evaluate.figures import page
 from clipfast.evaluate.multilabel import multilabel_probe
 from clipfast.evaluate.suite import Suite, run_suite, table
-from clipfast.evaluate.tasks import Bench, unprojected
+from clipfast.evaluate.tasks import Bench
 from clipfast.inputs import Preprocess
 from clipfast.model import CLIP
 from clipfast.weights import export
@@ -30,6 +34,7 @@ SIZES = {
     "context_length": 77, "vocab_size": 49408, "transformer_width": 64, "transformer_heads": 1, "transformer_layers": 1,
 }  # fmt: skip
 PREPROCESS = Preprocess(32)
+ROOT = Path(__file__).parents[2]
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
 
 
@@ -305,3 +310,65 @@ def test_classes_and_images_that_do_not_meet(model: CLIP, root: Path, caplog) ->
         Bench(model, PREPROCESS, colours(root, templates=("a photo",))).zero_shot()
     with pytest.raises(ValueError, match=r"expected a subset of its classes, got \['pink'\]"):
         Bench(model, PREPROCESS, colours(root)).zero_shot(["pink"])
+
+
+def test_a_second_evaluation_encodes_no_image(model: CLIP, root: Path, tmp_path: Path, monkeypatch) -> None:
+    """Of whatever suite, task or command: features are kept by what they depend on; of another content only what changed is
+    made, and what was measured is that of features in memory."""
+    counts = {"images": 0, "texts": 0}
+    for name, method in (("images", "encode_image"), ("texts", "encode_text")):
+        encode = getattr(CLIP, method)
+
+        def counted(self, batch, *args, encode=encode, name=name, **kwargs):
+            counts[name] += len(batch)
+            return encode(self, batch, *args, **kwargs)
+
+        monkeypatch.setattr(CLIP, method, counted)
+    data = tmp_path / "data"
+    shutil.copytree(root, data)
+    pairs = [f"{path.relative_to(data)},a {path.parent.name} {n}" for path in sorted(data.rglob("test/*/*.png")) for n in "ab"]
+    (data / "pairs.csv").write_text("\n".join(["path,caption", *pairs, pairs[0]]))
+    sets = [colours(data, tasks=("zero-shot", "probe")), EvalSet("pairs", test=str(data / "pairs.csv"), tasks=("retrieval",))]
+
+    def run(out: str) -> list[dict]:
+        counts.update(images=0, texts=0)
+        rows = run_suite(["m"], Suite(sets), tmp_path / out, lambda _: (model, PREPROCESS), cache=tmp_path / "features")
+        assert not [row["reason"] for row in rows if "reason" in row]
+        return [{key: value for key, value in row.items() if key != "trials"} for row in rows]
+
+    first = run("a")
+    assert counts["images"] == 12 + 18 + 12  # test, train, and the pairs
+    second = run("b")
+    assert counts["images"] == 0 and first == second
+    prompts = counts["texts"]
+    bench = Bench(model, PREPROCESS, sets[1])
+    assert bench.retrieval() == {key: second[2][key] for key in bench.retrieval()}
+    theirs = retrieval_source(model, PREPROCESS, sets[1].open("test"))
+    assert bench.retrieval() == pytest.approx(theirs | {"score": theirs["text_to_image_R@1"], "metric": "text_to_image_R@1"})
+    (data / "test" / "red" / "0.png").write_bytes((data / "train" / "red" / "0.png").read_bytes())
+    run("c")
+    assert counts["images"] == 1 + 1 and counts["texts"] == prompts  # the set's, and the pairs'
+    assert len(list((tmp_path / "features").iterdir())) == 4
+
+
+@pytest.mark.slow
+def test_a_suite_on_two_ranks(model: CLIP, root: Path, tmp_path: Path) -> None:
+    """They make the features together; the rows are those of one process."""
+    weights = str(tmp_path / "m.safetensors")
+    export(model, weights, "safetensors")
+    (tmp_path / "s.toml").write_text(SUITE.format(root=root))
+    command = ["-m", "clipfast.cli", "eval", weights, "--suite", str(tmp_path / "s.toml"), "--device", "cpu"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    told = {}
+    for out, before in (("one", []), ("two", torchrun)):
+        done = subprocess.run(
+            [sys.executable, *before, *command, "--out", str(tmp_path / out)], capture_output=True, text=True, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        told[out] = [line for line in done.stdout.splitlines() if "report.html" not in line]
+        rows = json.loads((tmp_path / out / "results.json").read_text())["rows"]
+        scores = {(row["dataset"], row["task"]): row["score"] for row in rows if "score" in row}
+        assert scores.keys() == {("colours", "zero-shot"), ("colours", "probe"), ("shifted", "zero-shot")}
+    assert told["one"] == told["two"]
+    names = [{path.name for path in (tmp_path / out / "features").iterdir()} for out in told]
+    assert names[0] == names[1] and len(names[0]) == 3

@@ -11,10 +11,10 @@
 // is at its exponentials. A model of the ring with L2 at 32 bytes a cycle has the tensor cores busy 0.87 of the time at D = 512 and
 // 0.91 at 768 (0.79 and 0.85 without the lag, 0.66 without pairs); at 0.75, 740 TFLOP/s, an H100 runs out of power.
 //
-// Gradients: G is written in 16 bit, in blocks of at most 2²⁸ elements, and multiplied by torch's cuBLAS with sums in fp32. A block of
-// 16,384² takes 3·2·D FLOP and 6 bytes an element, 4.4 and 1.8 ps at D = 512, so HBM keeps up behind the products; each block adds to
-// both gradients, 3 % more. Blocks that stay in L2, 256 rows at N = 65,536, would add to the text's 64 times as often, which takes as
-// long as the products.
+// Gradients: G is written in 16 bit, block by block, and multiplied by torch's cuBLAS with sums in fp32. On 132 SMs at D = 768 a block is
+// 16,896 × 5,632, 0.19 GB: an element takes 3·2·D FLOP and 7.5 bytes, of G and of what it adds to both gradients, 5.8 and 1.7 ps, so HBM
+// keeps up behind the products. Its edges are what 132 SMs share evenly: the sweep's clusters take 256 rows each, and the products
+// tiles of 128 × 256, one and three waves of them.
 #pragma once
 
 #include "device.cuh"
@@ -36,7 +36,6 @@ constexpr int kCluster = 2;                              // CTAs that share thei
 constexpr int kThreads = 384;                            // a warpgroup that loads, two that multiply
 constexpr int kLag = 2;                                  // steps by which the second of these starts later
 constexpr int kScratch = 2048;                           // floats for the epilogue of a warpgroup
-constexpr int64_t kEdge = 16384;                         // of a block of G; more where the other edge, n or N, is less
 constexpr int kRowBytes = 2 * kDepth, kImageBytes = kRows * kRowBytes, kTextBytes = kColumns * kRowBytes;
 
 // image: [n, D], text: [N, D], contiguous and aligned to 16 bytes, as are rows; row i has its pair in column i + offset.
@@ -237,15 +236,27 @@ struct Factors {
   float unit, zero = 0.0f, one = 1.0f;  // for cuBLAS: G is stored in units of the first
 };
 
+// Of G, what is in memory at a time.
+struct Block {
+  int64_t rows, columns;
+};
+
+// One edge is larger where the other, n or N, is less.
+inline Block make_block(int64_t n, int64_t N, int64_t D, int sms) {
+  constexpr int64_t kHeight = kCluster * kRows;
+  const int64_t height = std::max(1, sms / kCluster) * kHeight, wave = sms / std::max<int64_t>(2, divide_up(D, 256)) * 128;
+  const int64_t width = std::max<int64_t>(wave / kColumns * kColumns, kColumns), area = height * width;
+  const int64_t rows = std::min(n, std::max(height, area / std::min(N, width) / kHeight * kHeight));
+  return {rows, std::min(N, std::max(width, area / rows / kColumns * kColumns))};
+}
+
 // image_grad = G · text, text_grad = Gᵀ · image, either of them null where it is not wanted. fill(block, text_rows, row, column, G,
 // pitch) writes the G of a block from `row` and `column` on, whose text is arranged and padded; it may write whole tiles.
 template <class T, class Fill>
 void gradients(
-    const Call& call, const Problem<T>& p, const Factors* factors, float* image_grad, float* text_grad, int64_t edge,
-    const Fill& fill) {
+    const Call& call, const Problem<T>& p, const Factors* factors, float* image_grad, float* text_grad, const Fill& fill) {
   constexpr int64_t kHeight = kCluster * kRows;
-  const int64_t height = std::min(p.n, std::max(edge, edge * edge / p.N / kHeight * kHeight));
-  const int64_t width = std::min(p.N, std::max(edge, edge * edge / height / kColumns * kColumns));
+  const auto [height, width] = make_block(p.n, p.N, p.D, call.sms);
   const int64_t pitch = divide_up(width, kColumns) * kColumns, vectors = p.D / Vector<T>::kSize;
   T* const G = static_cast<T*>(call.allocate(divide_up(height, kHeight) * kHeight * pitch * sizeof(T)));
   T* const ordered = static_cast<T*>(call.allocate(divide_up(width, 32) * 32 * p.D * sizeof(T)));

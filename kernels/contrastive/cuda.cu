@@ -76,17 +76,19 @@ template <class T> struct Statistics {
   }
 
   __device__ void tile(float (&s)[128], int column) {
-#pragma unroll
-    for (int i = 0; i < 128; ++i) s[i] *= scale;
     const int pair = pair_in_tile(first, given.offset, column);
-    if (pair < kColumns || first - seat.lane / 4 + 16 > given.rows || column + kColumns > given.columns) {
+    const bool inner = pair == kColumns && first - seat.lane / 4 + 16 <= given.rows && column + kColumns <= given.columns;
+    float factor = scale * kLog2E;  // the maximum needs a scale that is not negative; a warp has one maximum, and so one factor
+    if (!__all_sync(~0u, inner && scale >= 0.0f)) {
+      factor = kLog2E;
       float own[2] = {};
 #pragma unroll
       for (int i = 0; i < 128; ++i) {
         const int h = i / 2 % 2, at = i / 4 * 8 + 2 * (seat.lane % 4) + i % 2;
         const bool inside = first + 8 * h < given.rows && column + at < given.columns;
-        own[h] = at == pair + 8 * h ? s[i] : own[h];
-        s[i] = inside ? s[i] : -INFINITY;
+        const float x = s[i] * scale;
+        own[h] = at == pair + 8 * h ? x : own[h];
+        s[i] = inside ? x : -INFINITY;
       }
       for (int h = 0; h < 2; ++h)
         if (const int at = pair + 8 * h; at >= 0 && at < kColumns && at / 2 % 4 == seat.lane % 4)
@@ -95,21 +97,21 @@ template <class T> struct Statistics {
     float largest[4] = {kLow, kLow, kLow, kLow};  // four chains, as each waits for itself
 #pragma unroll
     for (int i = 0; i < 128; ++i) largest[i % 4] = fmaxf(largest[i % 4], s[i]);
-    const float top = max_over<31>(fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]))) * kLog2E;
+    const float top = max_over<31>(fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]))) * factor;
     float tops[2] = {top, top}, sums[2] = {0.0f, 0.0f};
     seat.sync_group();  // the scratch of the tile before has been read
-    if (!__all_sync(~0u, reduce<false>(s, column, tops, sums))) {
+    if (!__all_sync(~0u, reduce<false>(s, column, factor, tops, sums))) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float own = kLow;
         sums[h] = 0.0f;
 #pragma unroll
         for (int i = 0; i < 64; ++i) own = fmaxf(own, s[i / 2 * 4 + 2 * h + i % 2]);
-        tops[h] = max_over<3>(own) * kLog2E;
+        tops[h] = max_over<3>(own) * factor;
 #pragma unroll
-        for (int i = 0; i < 64; ++i) sums[h] += exp2_fast(fmaf(s[i / 2 * 4 + 2 * h + i % 2], kLog2E, -tops[h]));
+        for (int i = 0; i < 64; ++i) sums[h] += exp2_fast(fmaf(s[i / 2 * 4 + 2 * h + i % 2], factor, -tops[h]));
       }
-      reduce<true>(s, column, tops, sums);
+      reduce<true>(s, column, factor, tops, sums);
     }
     for (int h = 0; h < 2; ++h) add(row_top[h], row_sum[h], tops[h], sums[h]);
     seat.sync_group();
@@ -123,7 +125,8 @@ template <class T> struct Statistics {
 
   // Sums of the warp's columns, and of its rows, by the same top, and whether they are surely right; or, `apart`, of its columns by
   // their own maxima, the thread's shares of the rows being there.
-  template <bool apart> __device__ bool reduce(const float (&s)[128], int column, const float (&tops)[2], float (&sums)[2]) {
+  template <bool apart>
+  __device__ bool reduce(const float (&s)[128], int column, float factor, const float (&tops)[2], float (&sums)[2]) {
     constexpr float kFaint = 0x1p-90f;  // the least sum that is surely right
     const int left = first - seat.lane / 4 < given.rows ? given.columns - column - 2 * seat.lane : 0;  // columns that count
     bool right = true;
@@ -133,8 +136,8 @@ template <class T> struct Statistics {
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
         const float a = s[32 * part + i / 2 * 4 + i % 2], b = s[32 * part + i / 2 * 4 + i % 2 + 2];
-        const float top = apart ? max_over<28>(fmaxf(kLow, fmaxf(a, b))) * kLog2E : tops[0];
-        const float upper = exp2_fast(fmaf(a, kLog2E, -top)), lower = exp2_fast(fmaf(b, kLog2E, -top));
+        const float top = apart ? max_over<28>(fmaxf(kLow, fmaxf(a, b))) * factor : tops[0];
+        const float upper = exp2_fast(fmaf(a, factor, -top)), lower = exp2_fast(fmaf(b, factor, -top));
         x[i] = upper + lower;
         if (!apart) sums[0] += upper, sums[1] += lower;
         if (apart) own[i % 2] = i / 2 == seat.lane / 4 ? top : own[i % 2];
@@ -177,28 +180,40 @@ struct Facts {
   bool one;   // whether one exponential serves
 };
 
-// One CTA: the range of the log-sum-exps, and a power of two as unit that brings the largest gradient to 4,096 (a mean's, 1/N, would
-// be subnormal in fp16).
-constexpr int kFactThreads = 1024;
-__global__ void __launch_bounds__(kFactThreads) facts_kernel(
+// Of a part of the rows and columns: the largest of the log-sum-exps, of their negatives (infinite where one is not a number), and of
+// the gradients' sizes.
+constexpr int kFactThreads = 256;
+__global__ void __launch_bounds__(kFactThreads) largest_kernel(
     const float* row_lse, const float* col_lse, const float* row_grad, const float* col_grad, const float* diagonal_grad, int n,
-    int N, Facts* facts) {
+    int N, float* parts) {
   __shared__ float warps[3][kFactThreads / 32];
-  float largest[3] = {kLow, kLow, 0.0f};  // of log-sum-exps, of their negatives (infinite where one is not a number), of gradients
-  for (int k = 0; k < 3; ++k)
-    for (int i = threadIdx.x; i < (k < 2 ? n : N); i += kFactThreads) {
-      const float lse = (k < 2 ? row_lse : col_lse)[i], grad = (k == 0 ? row_grad : k == 1 ? diagonal_grad : col_grad)[i];
-      largest[0] = fmaxf(largest[0], lse);
-      largest[1] = fmaxf(largest[1], lse == lse ? -lse : INFINITY);
-      largest[2] = fmaxf(largest[2], fabsf(grad));
-    }
+  float largest[3] = {kLow, kLow, 0.0f};
+  const auto include = [&](float lse, float grad) {
+    largest[0] = fmaxf(largest[0], lse);
+    largest[1] = fmaxf(largest[1], lse == lse ? -lse : INFINITY);
+    largest[2] = fmaxf(largest[2], fabsf(grad));
+  };
+  const int first = blockIdx.x * kFactThreads + threadIdx.x, step = gridDim.x * kFactThreads;
+  for (int64_t i = first; i < n; i += step) include(row_lse[i], fmaxf(fabsf(row_grad[i]), fabsf(diagonal_grad[i])));
+  for (int64_t i = first; i < N; i += step) include(col_lse[i], col_grad[i]);
   for (int k = 0; k < 3; ++k) {
     largest[k] = max_over<31>(largest[k]);
     if (threadIdx.x % 32 == 0) warps[k][threadIdx.x / 32] = largest[k];
   }
   __syncthreads();
-  if (threadIdx.x >= 32) return;
-  for (int k = 0; k < 3; ++k) largest[k] = max_over<31>(warps[k][threadIdx.x]);
+  if (threadIdx.x >= 3) return;
+  float x = warps[threadIdx.x][0];
+  for (const float other : warps[threadIdx.x]) x = fmaxf(x, other);
+  parts[3 * blockIdx.x + threadIdx.x] = x;
+}
+
+// One warp: the range of the log-sum-exps, and a power of two as unit that brings the largest gradient to 4,096 (a mean's, 1/N, would
+// be subnormal in fp16). parts: [count, 3]
+__global__ void facts_kernel(const float* parts, int count, Facts* facts) {
+  float largest[3] = {kLow, kLow, 0.0f};
+  for (int i = threadIdx.x; i < count; i += 32)
+    for (int k = 0; k < 3; ++k) largest[k] = fmaxf(largest[k], parts[i * 3 + k]);
+  for (float& x : largest) x = max_over<31>(x);
   if (threadIdx.x > 0) return;
   int exponent = 0;
   if (largest[2] > 0.0f && largest[2] < INFINITY) frexpf(largest[2], &exponent);
@@ -302,17 +317,20 @@ void statistics(
 template <class T>
 void backward(
     const Call& call, const Problem<T>& p, const float* row_lse, const float* col_lse, const float* row_grad, const float* col_grad,
-    const float* diagonal_grad, float* image_grad, float* text_grad, int64_t edge = kEdge) {
+    const float* diagonal_grad, float* image_grad, float* text_grad) {
   const auto facts = static_cast<Facts*>(call.allocate(sizeof(Facts)));
   const int n = static_cast<int>(p.n), N = static_cast<int>(p.N);
-  launch(call, facts_kernel, {1, kFactThreads}, row_lse, col_lse, row_grad, col_grad, diagonal_grad, n, N, facts);
+  const int count = static_cast<int>(std::min<int64_t>(call.sms, divide_up(std::max(p.n, p.N), kFactThreads)));
+  const auto parts = static_cast<float*>(call.allocate(3 * count * sizeof(float)));
+  launch(call, largest_kernel, {count, kFactThreads}, row_lse, col_lse, row_grad, col_grad, diagonal_grad, n, N, parts);
+  launch(call, facts_kernel, {1, 32}, parts, count, facts);
   const auto fill = [&](const Problem<T>& b, int64_t text_rows, int64_t row, int64_t column, T* G, int64_t pitch) {
     sweep<T, Gradient<T>>(
         call, b, text_rows, make_plan(b.n, b.N, b.D, call.sms),
         {p.scale, row_lse + row, row_grad + row, diagonal_grad + row, col_lse + column, col_grad + column, facts, G, b.offset, pitch,
          static_cast<int>(b.n), static_cast<int>(b.N)});
   };
-  gradients(call, p, &facts->factors, image_grad, text_grad, edge, fill);
+  gradients(call, p, &facts->factors, image_grad, text_grad, fill);
 }
 
 // ---- the tail that knows torch ----

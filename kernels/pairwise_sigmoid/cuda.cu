@@ -105,19 +105,20 @@ __global__ void factors_kernel(Factors* factors) { *factors = Factors{kUnit}; }
 
 template <class T>
 void forward(
-    const Call& call, const Problem<T>& p, const float* bias, float* loss, float* slope, float* image_grad, float* text_grad,
-    int64_t edge = kEdge) {
-  const auto parts = static_cast<float2*>(call.allocate(std::max(1, call.sms / kCluster) * p.n * sizeof(float2)));
-  const auto run = [&](auto kept, const Problem<T>& b, int64_t text_rows, int64_t row, int64_t column, T* G, int64_t pitch) {
+    const Call& call, const Problem<T>& p, const float* bias, float* loss, float* slope, float* image_grad, float* text_grad) {
+  const bool kept = image_grad || text_grad;
+  const int64_t rows = kept ? make_block(p.n, p.N, p.D, call.sms).rows : p.n;
+  const auto parts = static_cast<float2*>(call.allocate(std::max(1, call.sms / kCluster) * rows * sizeof(float2)));
+  const auto run = [&](auto writes, const Problem<T>& b, int64_t text_rows, int64_t row, int64_t column, T* G, int64_t pitch) {
     const Plan plan = make_plan(b.n, b.N, b.D, call.sms);
     const int n = static_cast<int>(b.n), N = static_cast<int>(b.N);
-    sweep<T, Sigmoid<T, kept>>(call, b, text_rows, plan, {p.scale, bias, parts, G, b.offset, pitch, n, N});
+    sweep<T, Sigmoid<T, writes>>(call, b, text_rows, plan, {p.scale, bias, parts, G, b.offset, pitch, n, N});
     launch(call, sum_kernel, {divide_up(n, 256), 256}, parts, plan.parts, n, column > 0, loss + row, slope + row);
   };
-  if (!image_grad && !text_grad) return run(std::false_type{}, p, p.N, 0, 0, static_cast<T*>(nullptr), 0);
+  if (!kept) return run(std::false_type{}, p, p.N, 0, 0, static_cast<T*>(nullptr), 0);
   const auto factors = static_cast<Factors*>(call.allocate(sizeof(Factors)));
   launch(call, factors_kernel, {1, 32}, factors);
-  gradients(call, p, factors, image_grad, text_grad, edge, [&](const auto&... block) { run(std::true_type{}, block...); });
+  gradients(call, p, factors, image_grad, text_grad, [&](const auto&... block) { run(std::true_type{}, block...); });
 }
 
 // ---- the tail that knows torch ----

@@ -76,6 +76,11 @@ extern "C" int cublasGemmEx(
   return 0;
 }
 
+extern "C" int64_t block_bytes(int64_t n, int64_t N, int64_t D, int sms) {
+  const Block block = make_block(n, N, D, sms);
+  return divide_up(block.rows, 256) * 256 * divide_up(block.columns, 256) * 256 * 2 + divide_up(block.columns, 32) * 32 * D * 2;
+}
+
 using Floats = const float*;
 extern "C" const char* contrastive(
     const Given& g, float* row_top, float* row_sum, float* col_top, float* col_sum, float* diagonal) {
@@ -87,19 +92,19 @@ extern "C" const char* contrastive(
 }
 extern "C" const char* contrastive_backward(
     const Given& g, Floats row_lse, Floats col_lse, Floats row_grad, Floats col_grad, Floats diagonal_grad, float* image_grad,
-    float* text_grad, int64_t edge) {
+    float* text_grad) {
   return run(g, [&](Memory& m, const Call& call, const auto& p) {
     const auto rows = [&](Floats from) { return m.in<float>(from, g.n); };
     const auto columns = [&](Floats from) { return m.in<float>(from, g.N); };
     backward(call, p, rows(row_lse), columns(col_lse), rows(row_grad), columns(col_grad), rows(diagonal_grad),
-             m.out(image_grad, int64_t{g.n} * g.D), m.out(text_grad, int64_t{g.N} * g.D), edge);
+             m.out(image_grad, int64_t{g.n} * g.D), m.out(text_grad, int64_t{g.N} * g.D));
   });
 }
 extern "C" const char* pairwise_sigmoid(
-    const Given& g, Floats bias, float* loss, float* slope, float* image_grad, float* text_grad, int64_t edge) {
+    const Given& g, Floats bias, float* loss, float* slope, float* image_grad, float* text_grad) {
   return run(g, [&](Memory& m, const Call& call, const auto& p) {
     sigmoid_forward(call, p, m.in<float>(bias, 1), m.out(loss, g.n), m.out(slope, g.n),
-                    m.out(image_grad, int64_t{g.n} * g.D), m.out(text_grad, int64_t{g.N} * g.D), edge);
+                    m.out(image_grad, int64_t{g.n} * g.D), m.out(text_grad, int64_t{g.N} * g.D));
   });
 }
 """
@@ -167,9 +172,9 @@ class Case:
         self.given = Given(image=self.image.data_ptr(), text=self.text.data_ptr(), n=n, N=N, D=D, scale=scale, offset=offset)
         self.given.half, self.given.sms, self.given.seed = dtype == torch.float16, sms, seed
 
-    def call(self, function, *args: Tensor | int | None) -> None:
+    def call(self, function, *args: Tensor | None) -> None:
         function.restype = ctypes.c_char_p
-        kept = [ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr()) for a in args]
+        kept = [ctypes.c_void_p(None if a is None else a.data_ptr()) for a in args]
         error = function(ctypes.byref(self.given), *kept)
         assert not error, error.decode()
 
@@ -248,7 +253,7 @@ def test_gradients(library: ctypes.CDLL, name: str, spread: float) -> None:
     G = torch.where(case.pair, diagonal_grad.double()[:, None], G)
     image_grad, text_grad = torch.empty(n, case.given.D), torch.empty(N, case.given.D)
     statistics = (row_lse, col_lse, row_grad, col_grad, diagonal_grad)
-    case.call(library.contrastive_backward, *statistics, image_grad, text_grad, 256 if spread else 16384)
+    case.call(library.contrastive_backward, *statistics, image_grad, text_grad)
     eps = torch.finfo(case.dtype).eps
     close(image_grad, G @ case.text.double(), eps)
     close(text_grad, G.T @ case.image.double(), eps)
@@ -261,7 +266,7 @@ def test_tiny_gradients_and_only_one_wanted(library: ctypes.CDLL) -> None:
     G = row_grad[:, None] * (case.s - row_lse[:, None]).exp() + col_grad * (case.s - col_lse).exp()
     G = torch.where(case.pair, diagonal_grad.double()[:, None], G)
     text_grad = torch.empty(300, 64)
-    case.call(library.contrastive_backward, row_lse, col_lse, row_grad, col_grad, diagonal_grad, None, text_grad, 16384)
+    case.call(library.contrastive_backward, row_lse, col_lse, row_grad, col_grad, diagonal_grad, None, text_grad)
     close(text_grad, G.T @ case.image.double(), 1e-3)
 
 
@@ -273,16 +278,24 @@ def test_sigmoid(library: ctypes.CDLL, name: str, bias: float) -> None:
     l = sign * (case.s + bias)
     g = sign * l.sigmoid()
     loss, slope, image_grad, text_grad = (torch.empty(shape) for shape in ((n,), (n,), (n, case.given.D), (N, case.given.D)))
-    case.call(library.pairwise_sigmoid, torch.tensor(bias), loss, slope, image_grad, text_grad, 16384 if bias < 0 else 256)
+    case.call(library.pairwise_sigmoid, torch.tensor(bias), loss, slope, image_grad, text_grad)
     close(loss, (l.clamp(min=0) + (-l.abs()).exp().log1p()).sum(1), 2e-6)
     close(slope, g.sum(1), 2e-6)
     eps = torch.finfo(case.dtype).eps
     close(image_grad, g @ case.text.double(), eps)
     close(text_grad, g.T @ case.image.double(), eps)
     without = torch.empty(n), torch.empty(n)
-    case.call(library.pairwise_sigmoid, torch.tensor(bias), *without, None, None, 16384)
+    case.call(library.pairwise_sigmoid, torch.tensor(bias), *without, None, None)
     close(without[0], loss.double(), 2e-6)
     close(without[1], slope.double(), 2e-6)
+
+
+@pytest.mark.parametrize(("n", "N", "D", "most"), [(65536, 65536, 768, 640), (65536, 65536, 1152, 760), (8192, 65536, 768, 450)])
+def test_memory_is_that_of_the_gradients_and_a_block(library: ctypes.CDLL, n: int, N: int, D: int, most: int) -> None:
+    """In MB, on the 132 SMs of an H100; sums of a block's rows included."""
+    library.block_bytes.restype = ctypes.c_int64
+    block = library.block_bytes(*map(ctypes.c_int64, (n, N, D)), 132)
+    assert block > 1e8 and 4 * (n + N) * D + block + 66 * 8 * 16896 < most * 1e6
 
 
 def test_the_order_of_warps_does_not_matter(library: ctypes.CDLL) -> None:

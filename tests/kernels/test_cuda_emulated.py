@@ -290,7 +290,9 @@ def test_sigmoid(library: ctypes.CDLL, name: str, bias: float) -> None:
     close(without[1], slope.double(), 2e-6)
 
 
-@pytest.mark.parametrize(("n", "N", "D", "most"), [(65536, 65536, 768, 640), (65536, 65536, 1152, 760), (8192, 65536, 768, 450)])
+@pytest.mark.parametrize(
+    ("n", "N", "D", "most"), [(65536, 65536, 768, 640), (65536, 65536, 1152, 760), (8192, 65536, 768, 450)]
+)
 def test_memory_is_that_of_the_gradients_and_a_block(library: ctypes.CDLL, n: int, N: int, D: int, most: int) -> None:
     """In MB, on the 132 SMs of an H100; sums of a block's rows included."""
     library.block_bytes.restype = ctypes.c_int64

@@ -40,6 +40,7 @@ def machine() -> dict[str, Any]:
     return dict(
         kind="gpu" if gpu else "cpu",
         device=passed.device_name("cuda" if gpu else "cpu"),
+        hardware=passed.hardware("cuda" if gpu else "cpu"),
         driver=passed.driver(),
         cuda=torch.version.cuda or "",
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -103,7 +104,7 @@ def problems(record: Any) -> Iterator[str]:
 
 
 def _problems(record: dict[str, Any]) -> Iterator[str]:
-    known = {"kind", "device", "driver", "cores", "threads", "python", "versions", "commit", "kernels"}
+    known = {"kind", "device", "hardware", "driver", "cores", "threads", "python", "versions", "commit", "kernels"}
     if missing := known - record.get("machine", {}).keys():
         yield f"expected machine to hold {', '.join(sorted(known))}; missing: {', '.join(sorted(missing))}"
         return
@@ -112,16 +113,18 @@ def _problems(record: dict[str, Any]) -> Iterator[str]:
     if not hashes or not all(re.fullmatch("[0-9a-f]{64}", str(one)) for one in hashes):
         yield "expected the SHA-256 of every kernel source"
     for counts in tests:
-        if not all(isinstance(counts.get(k), int) and counts[k] >= 0 for k in ("passed", "failed")):
-            yield f"expected counts of passed and failed tests, got {counts}"
-    if not all(_positive(record.get("roofline", {}).get(k)) for k in ("bytes_per_s", "flops_per_s")):
-        yield "expected the roofline of the run"
-    rows = record.get("rows", [])
+        if not all(isinstance(counts.get(k), int) and counts[k] >= 0 for k in ("passed", "failed", "left")):
+            yield f"expected counts of tests that passed, failed and were left, got {counts}"
+    rows, roofline = record.get("rows", []), record.get("roofline")
+    if any(row.get("roofline") for row in rows) and not roofline:
+        yield "expected the roofline of the run, whose shares the rows have"
+    if roofline and not all(_positive(roofline.get(k)) for k in ("bytes_per_s", "flops_per_s")):
+        yield f"expected a roofline of bytes_per_s and flops_per_s, got {roofline}"
     names = [_title(row) for row in rows]
-    if not rows or len(set(names)) != len(names):
+    if len(set(names)) != len(names):
         yield f"expected rows of different names, got {len(rows)} with {sorted({n for n in names if names.count(n) > 1})} twice"
-    if tests and not isinstance(record.get("tests_finished"), bool):
-        yield f"expected tests_finished to say whether the tests ran to their end, got {record.get('tests_finished')}"
+    if not (rows or tests or record.get("light") or record.get("parts")):
+        yield "expected something that was tested or measured, got nothing"
     for row in rows:
         yield from (f"{_title(row)}: {problem}" for one in _timed(row) for problem in _impossible(one))
         bad = [name for name, rival in row["rivals"].items() if "absent" not in rival and not _positive(rival["speedup"])]
@@ -160,16 +163,18 @@ def backends() -> Iterator[tuple[str, str]]:
         yield from ((op, backend) for backend in dispatch.BACKENDS if passed.source_of(op, backend).exists())
 
 
-def state(op: str, backend: str, device: str, found: dict[str, dict[str, Any]]) -> str:
-    """``passed``, ``failed``, ``changed since`` (it passed before it last changed) or ``never``, by the records of a device.
+def of(found: dict[str, dict[str, Any]], **machine: str) -> dict[str, dict[str, Any]]:
+    """The records of this ``device``, or of this ``hardware``."""
+    return {name: r for name, r in found.items() if machine.items() <= r.get("machine", {}).items()}
 
-    A run of the tests that its time cut off passes nothing.
+
+def state(op: str, backend: str, found: dict[str, dict[str, Any]]) -> str:
+    """``passed``, ``failed``, ``changed since`` (it passed before it last changed) or ``never``, by these records.
+
+    Tests of which some are left, since time cut them off or the GPU broke, pass nothing.
     """
-    ran = []
-    for record in found.values():
-        counts = record.get("tests", {}).get(op, {}).get(backend)
-        if record["machine"]["device"] == device and counts and (counts["failed"] or record["tests_finished"]):
-            ran.append(counts)
+    every = (record.get("tests", {}).get(op, {}).get(backend) for record in found.values())
+    ran = [counts for counts in every if counts and (counts["failed"] or not counts["left"])]
     now = [counts for counts in ran if counts["kernel"] == passed.fingerprint(op, backend)]
     if any(counts["failed"] for counts in now):
         return "failed"
@@ -183,14 +188,31 @@ def devices(found: dict[str, dict[str, Any]], kind: str) -> list[str]:
     return sorted({r["machine"]["device"] for r in found.values() if r.get("machine", {}).get("kind") == kind})
 
 
-def passes(found: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """For kernels/passed.json: the GPUs that have passed each CUDA C++ kernel as it is now."""
+def passes(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """For kernels/passed.json: the hardware that has passed each CUDA C++ kernel as it is now, and how many times as fast as
+    Triton's it is there."""
     made = {}
-    for op, backend in backends():
-        gpus = [gpu for gpu in devices(found, "gpu") if state(op, backend, gpu, found) == "passed"]
-        if backend == "cuda" and gpus:
-            made[f"{op} cuda {passed.fingerprint(op, backend)}"] = gpus
+    gpus = of(found, kind="gpu")
+    for op in (op for op, backend in backends() if backend == "cuda"):
+        on = {}
+        for hardware in sorted({r["machine"]["hardware"] for r in gpus.values()}):
+            if state(op, "cuda", here := of(gpus, hardware=hardware)) == "passed":
+                on[hardware] = _times_triton(op, here)
+        made |= {f"{op} cuda {passed.fingerprint(op, 'cuda')}": on} if on else {}
     return made
+
+
+def _times_triton(op: str, found: dict[str, dict[str, Any]]) -> float | None:
+    """The geometric mean, over the sizes at which these records of the kernel as it is now have both, of Triton's time over
+    that of CUDA C++; None where there is no such size."""
+    logs = []
+    for record in found.values():
+        current = record.get("tests", {}).get(op, {}).get("cuda", {}).get("kernel") == passed.fingerprint(op, "cuda")
+        for row in record["rows"] if current else ():
+            ours = [row["rivals"].get(name, {}).get("ms") for name in ("our triton", "our cuda")]
+            if row.get("op") == op and all(ours):
+                logs.append(math.log(ours[0]["median"] / ours[1]["median"]))
+    return round(math.exp(sum(logs) / len(logs)), 3) if logs else None
 
 
 # ---- what is generated -------------------------------------------------------------------------------------------------------
@@ -202,7 +224,7 @@ def gpu_table(found: dict[str, dict[str, Any]]) -> str:
     lines = [f"| kernel | {' | '.join(gpus or ['on a GPU'])} |", "|---" * (1 + len(gpus or [""])) + "|"]
     for op, backend in backends():
         if backend in ("cuda", "triton"):
-            states = [state(op, backend, gpu, found) for gpu in gpus] or ["never"]
+            states = [state(op, backend, of(found, device=gpu)) for gpu in gpus] or ["never"]
             lines.append(f"| {op} {backend} | {' | '.join(states)} |")
     return "\n".join(lines)
 
@@ -241,7 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs_on = {kind for kind, device in (("cpu", "cpu"), ("gpu", "cuda")) if backend in dispatch.AUTOMATIC[device]}
         kinds = sorted(runs_on or {"gpu"})  # other people's packages are never automatic, and are for GPUs
         models = [model for kind in kinds for model in devices(found, kind)]
-        states = [f"{model}: {state(op, backend, model, found)}" for model in models] or ["never run on its hardware"]
+        states = [f"{model}: {state(op, backend, of(found, device=model))}" for model in models] or [
+            "never run on its hardware"
+        ]
         print(f"{op:17} {backend:10} {'; '.join(states)}")
     for path, text in made.items():
         path.write_text(text)

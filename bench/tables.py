@@ -15,11 +15,14 @@ KEPT = {
 
 
 def _head(record: dict[str, Any]) -> str:
-    m, roof = record["machine"], record["roofline"]
+    m, roof = record["machine"], record.get("roofline")
     on = f"driver {m['driver']}" if m["driver"] else f"{m['threads']} threads"
-    return (
-        f"{m['device']}, {on}, torch {m['versions']['torch']}; medians of interleaved rounds, caches cold. In the same run a "
-        f"copy moves {roof['bytes_per_s'] / 1e9:,.0f} GB/s and a matrix product does {roof['flops_per_s'] / 1e12:.3g} TFLOP/s."
+    head = f"{m['device']}, {on}, torch {m['versions']['torch']}; medians of interleaved rounds, caches cold."
+    return head + (
+        f" In the same run a copy moves {roof['bytes_per_s'] / 1e9:,.0f} GB/s and a matrix product does "
+        f"{roof['flops_per_s'] / 1e12:.3g} TFLOP/s."
+        if roof
+        else ""
     )
 
 
@@ -72,10 +75,32 @@ def page(name: str, record: dict[str, Any]) -> str:
             "; ".join([*against, *kept(row), *absent(row)]),
         ]
         lines.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |")
+    if parts := record.get("parts"):
+        lines += [
+            "",
+            "| kernel alone | size | forward, ms | with backward, ms | of the roofline | most of it |",
+            "|---" * 6 + "|",
+        ]
+        lines += [_part(part) for part in parts]
     if tests := record.get("tests"):
-        lines += ["", "| kernel | tests passed | failed |", "|---|---|---|"]
-        lines += [f"| {op} {b} | {t['passed']:,} | {t['failed']:,} |" for op, found in tests.items() for b, t in found.items()]
+        lines += ["", "| kernel | tests passed | failed | left |", "|---|---|---|---|"]
+        every = [(f"{op} {backend}", counts) for op, found in tests.items() for backend, counts in found.items()]
+        lines += [f"| {name} | {t['passed']:,} | {t['failed']:,} | {t['left']:,} |" for name, t in every]
+    if missing := [s for s in record.get("stages", []) if s["code"] != 0]:
+        lines += ["", "| what did not end well | code | after | its last words |", "|---|---|---|---|"]
+        cells = ([s["name"], str(s["code"]), f"{s['seconds']:.0f} s", s["said"][-300:]] for s in missing)
+        lines += ["| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in row) + " |" for row in cells]
     return "\n".join(lines) + "\n"
+
+
+def _part(part: dict[str, Any]) -> str:
+    """A row of what one backend takes by itself, with the three launches that take longest."""
+    longest = sorted(part["launches"].items(), key=lambda one: -one[1])[:3]
+    launches = "; ".join(f"{name[:40]} {ms:.3f}" for name, ms in longest)
+    share = f"{part['share']:.0%}" if part.get("share") else ""
+    times = [f"{part[k]:.3f}" for k in ("forward_ms", "ms")]
+    cells = [f"{part['op']} {part['backend']}", part["size"], *times, share, launches.replace("|", "\\|")]
+    return "| " + " | ".join(cells) + " |"
 
 
 def slower(row: dict[str, Any]) -> list[str]:

@@ -1,16 +1,20 @@
 """``clipfast check``: every op × backend against its spec in float64 on this device, and its speed against eager PyTorch.
 
-The numerics policy lives here, and the tests of the kernels apply the same.
+The numerics policy lives here, and the tests of the kernels apply the same. On a GPU the kernels run in a process of their own:
+one that hangs, crashes or breaks the GPU's context is told, and the others go on in another.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
+import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -24,6 +28,7 @@ from clipfast.kernels import dispatch, passed
 log = logging.getLogger(__name__)
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SECONDS = 50.0  # for all that is checked; what remains of a minute is for imports and for the call that is under way
+PATIENCE = 20.0  # beyond its time, for a kernel that gives no answer: imports and the compiler's call under way may take that
 COLOURS = {"passed": 32, "failed": 31, "absent": 2}  # green, red, faint
 
 
@@ -39,6 +44,7 @@ class Result:
     left: int = 0  # that were not, for want of time
     ms: float = math.nan  # a forward and backward pass at a benchmark's size
     speedup: float = math.nan  # over eager PyTorch
+    size: str = ""  # at which both were measured
     kept: bool = False  # it passed on an earlier call
 
 
@@ -121,21 +127,23 @@ def check(device: str, again: bool = False) -> Iterator[Result]:
     What passes whole is kept for the next call, and makes a CUDA C++ kernel an automatic choice. Those come last: a kernel that
     writes where it must not takes the GPU's context with it.
     """
-    end, before, now = perf_counter() + SECONDS, passed.kept(), {}
+    before, now = passed.kept(), {}
     pairs = [(op, backend) for op in kernels.OPS for backend in dispatch.BACKENDS if passed.source_of(op, backend).exists()]
     pairs.sort(key=lambda pair: pair[1] == "cuda")
+    absent = {pair: found for pair in pairs if isinstance(found := kernels.OPS[pair[0]].backend(pair[1]), str)}
+    keys = {pair: passed.key(*pair, device) for pair in pairs}
+    known = {pair: before[name] for pair, name in keys.items() if name in before and not again}
+    left = [pair for pair in pairs if pair not in absent and pair not in known]
+    results = (_elsewhere if torch.device(device).type == "cuda" else _in_turn)(device, left, perf_counter() + SECONDS)
     try:
-        for i, (op, backend) in enumerate(pairs):
-            found, name = kernels.OPS[op].backend(backend), passed.key(op, backend, device)
-            if isinstance(found, str):
-                yield Result(op, backend, "absent", found)
-            elif name in before and not again:
-                yield Result(op, backend, "passed", **before[name], kept=True)
+        for pair in pairs:
+            if pair in absent:
+                yield Result(*pair, "absent", absent[pair])
+            elif pair in known:
+                yield Result(*pair, "passed", **known[pair], kept=True)
             else:
-                left = sum(not isinstance(kernels.OPS[op].backend(backend), str) for op, backend in pairs[i:])
-                result = _checked(op, backend, device, perf_counter() + (end - perf_counter()) / left)
-                whole = result.state == "passed" and not result.left
-                now[name] = dict(cases=result.cases, ms=result.ms, speedup=result.speedup) if whole else None
+                result = next(results)
+                now[keys[pair]] = kept_of(result)
                 yield result
     finally:
         try:
@@ -144,17 +152,74 @@ def check(device: str, again: bool = False) -> Iterator[Result]:
             log.warning("what passed is not kept for the next time: %s", error)
 
 
+def kept_of(result: Result) -> dict[str, Any] | None:
+    """What is kept of a result for the next call; None of one that is no pass, or not whole."""
+    whole = result.state == "passed" and not result.left
+    return dict(cases=result.cases, ms=result.ms, speedup=result.speedup, size=result.size) if whole else None
+
+
+def _in_turn(device: str, pairs: list[tuple[str, str]], end: float) -> Iterator[Result]:
+    """Each op × backend, in an equal share of the time that those before it have left."""
+    for i, (op, backend) in enumerate(pairs):
+        yield _checked(op, backend, device, perf_counter() + (end - perf_counter()) / (len(pairs) - i))
+
+
+def _elsewhere(device: str, pairs: list[tuple[str, str]], end: float) -> Iterator[Result]:
+    """The same in another process, and behind a failure, a crash or a hang in the next one."""
+    while pairs:
+        with subprocess.Popen(_command(device, pairs, end), stdout=subprocess.PIPE, text=True) as worker:
+            for op, backend in list(pairs):
+                limit = max(0.0, end - perf_counter()) / len(pairs) + PATIENCE
+                watch, start = threading.Timer(limit, worker.kill), perf_counter()
+                watch.start()
+                line = worker.stdout.readline()  # type: ignore[union-attr]
+                watch.cancel()
+                pairs = pairs[1:]
+                if not line:
+                    hangs = perf_counter() - start >= limit
+                    code = f"its process ended with code {worker.wait()}"
+                    yield Result(op, backend, "failed", f"no answer within {limit:.0f} s: it hangs" if hangs else code)
+                    break
+                result = Result(**json.loads(line))
+                yield result
+                if result.state == "failed":  # the GPU's context may be broken
+                    break
+
+
+def _command(device: str, pairs: list[tuple[str, str]], end: float) -> list[str]:
+    """``main`` for these pairs."""
+    return [sys.executable, "-m", "clipfast.check", device, str(end - perf_counter()), *map(" ".join, pairs)]
+
+
+def main(device: str, seconds: str, *pairs: str) -> None:
+    """The other process: a line of JSON for each op × backend as soon as it is known, until one fails."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what else prints is no result
+    for result in _in_turn(device, [(*pair.split(),) for pair in pairs], perf_counter() + float(seconds)):  # type: ignore[misc]
+        print(json.dumps(asdict(result)), file=out, flush=True)
+        if result.state == "failed":
+            return
+
+
+def wrongs(op: str, backend: str, case: str | dict[str, Any], dtype: str, device: str) -> list[str]:
+    """``disagreements`` on a case, in which whatever a broken kernel or a broken compiler raises is the result."""
+    try:
+        return disagreements(op, backend, arguments(op, case, DTYPES[dtype], device))
+    except dispatch.NoBackend:
+        raise
+    except Exception as error:  # noqa: BLE001
+        return [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
+
+
 def _checked(op: str, backend: str, device: str, until: float) -> Result:
     grid = [(case, dtype) for case in kernels.OPS[op].spec.CASES for dtype in ("fp32", "bf16", "fp16")]
     refused, result = "", Result(op, backend, "passed")
     for result.left, (case, dtype) in zip(reversed(range(len(grid))), grid, strict=True):
         try:
-            wrong = disagreements(op, backend, arguments(op, case, DTYPES[dtype], device))
+            wrong = wrongs(op, backend, case, dtype, device)
         except dispatch.NoBackend as error:
             refused = refused or str(error).partition("(")[2].removesuffix(")")
             continue
-        except Exception as error:  # noqa: BLE001 - whatever a broken kernel or a broken compiler raises is the result
-            wrong = [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
         result.cases += 1
         if wrong:
             return replace(result, state="failed", left=0, detail=f"{case}, {dtype}: {wrong[0]}")
@@ -162,14 +227,15 @@ def _checked(op: str, backend: str, device: str, until: float) -> Result:
             break
     if not result.cases:
         return Result(op, backend, "absent", refused)
-    result.ms, result.speedup = _speed(op, backend, device)
+    result.size, result.ms, result.speedup = _speed(op, backend, device)
     return result
 
 
-def _speed(op: str, backend: str, device: str) -> tuple[float, float]:
-    """Milliseconds of forward and backward and the speed-up over eager PyTorch, medians of interleaved rounds."""
+def _speed(op: str, backend: str, device: str) -> tuple[str, float, float]:
+    """At the first size that it runs: its name, milliseconds of forward and backward and the speed-up over eager PyTorch,
+    medians of interleaved rounds."""
     spec, dtype = kernels.OPS[op].spec, torch.float32 if device == "cpu" else torch.bfloat16
-    for case in (spec.BENCH if device == "cpu" else getattr(spec, "BENCH_GPU", spec.BENCH)).values():
+    for size, case in (spec.BENCH if device == "cpu" else getattr(spec, "BENCH_GPU", spec.BENCH)).items():
         given = _leaves(spec.inputs(torch.Generator().manual_seed(0), **case), dtype, device)
         own: list[float] = []
         eager: list[float] = []
@@ -184,8 +250,8 @@ def _speed(op: str, backend: str, device: str) -> tuple[float, float]:
             with dispatch.use(backend):
                 own.append(_seconds(getattr(kernels, op), given, upstream))
             eager.append(_seconds(getattr(spec, "eager", spec.reference), given, upstream))
-        return 1e3 * median(own[1:]), median(e / o for e, o in zip(eager[1:], own[1:], strict=True))
-    return math.nan, math.nan
+        return size, 1e3 * median(own[1:]), median(e / o for e, o in zip(eager[1:], own[1:], strict=True))
+    return "", math.nan, math.nan
 
 
 def _seconds(function: Callable, given: dict[str, Any], upstream: list[Tensor]) -> float:
@@ -217,3 +283,7 @@ def report(device: str, again: bool = False) -> int:
         states.append(result.state)
     print(", ".join(f"{states.count(state)} {state}" for state in COLOURS))
     return int("failed" in states)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,7 +1,8 @@
 """Which kernels this hardware has passed: by a committed record, or by ``clipfast check`` on this machine.
 
-A CUDA C++ kernel is an automatic choice only where one of the two says so: no test without a GPU sees its races and its
-waits. Triton's and the CPU's kernels are tested on every machine, by the interpreter and as they are.
+A CUDA C++ kernel is an automatic choice only where one of the two says so, and says that Triton's is not the faster: no test
+without a GPU sees its races and its waits. Triton's and the CPU's kernels are tested on every machine, by the interpreter and
+as they are.
 """
 
 from __future__ import annotations
@@ -62,8 +63,19 @@ def _closure(source: Path, found: set[Path]) -> set[Path]:
     return found
 
 
+def hardware(device: str | torch.device) -> str:
+    """What a pass is for: a GPU's compute capability, or a processor's model.
+
+    GPUs of one capability have the same instructions, registers and shared memory: what an H200 has passed, an H100 has. They
+    differ in speed: what is measured on the machine itself counts before what a record says.
+    """
+    if torch.device(device).type == "cuda":
+        return "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
+    return device_name(device)
+
+
 def device_name(device: str | torch.device) -> str:
-    """The model of GPU or processor: what a record and a pass are for."""
+    """The model of GPU or processor: what a record is of."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -95,7 +107,7 @@ def cache_file() -> Path:
 
 def key(op: str, backend: str, device: str | torch.device) -> str:
     """A pass is good for this kernel, on this hardware, under this driver and this torch."""
-    return f"{op} {backend} {fingerprint(op, backend)} on {device_name(device)}, driver {driver()}, torch {torch.__version__}"
+    return f"{op} {backend} {fingerprint(op, backend)} on {hardware(device)}, driver {driver()}, torch {torch.__version__}"
 
 
 def kept() -> dict[str, Any]:
@@ -120,9 +132,17 @@ def keep(results: dict[str, Any]) -> None:
 
 @functools.cache
 def lacks(op: str, device: torch.device) -> str | None:
-    """Why the CUDA C++ kernel of an op is no automatic choice on this GPU, or None; the files are read once."""
-    name = device_name(device)
-    recorded = json.loads((ROOT / "passed.json").read_text(encoding="utf-8"))  # python -m bench.record makes it
-    if name in recorded.get(f"{op} cuda {fingerprint(op, 'cuda')}", ()) or key(op, "cuda", device) in kept():
-        return None
-    return f"no {name} has passed it yet: run clipfast check, or force it with clipfast.kernels.use('cuda')"
+    """Why the CUDA C++ kernel of an op is no automatic choice on this GPU, or None; the files are read once.
+
+    passed.json, which ``python -m bench.record`` makes: how many times as fast as Triton's it is (null: not compared) on the
+    hardware that has passed it, by kernel.
+    """
+    recorded = json.loads((ROOT / "passed.json").read_text(encoding="utf-8")).get(f"{op} cuda {fingerprint(op, 'cuda')}", {})
+    own, triton = (kept().get(key(op, backend, device)) for backend in ("cuda", "triton"))
+    name = hardware(device)
+    if own is None and name not in recorded:
+        return f"no GPU of {name} has passed it yet: run clipfast check, or force it with clipfast.kernels.use('cuda')"
+    speed = recorded.get(name)
+    if own and triton and own.get("size") and own["size"] == triton.get("size"):
+        speed = triton["ms"] / own["ms"]
+    return f"Triton's is {1 / speed:.2f} times as fast on {name}" if speed and speed < 1 else None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
+from time import perf_counter
 from types import SimpleNamespace
 
 import pytest
@@ -135,6 +137,45 @@ def test_backends_that_are_not_there_take_no_share_of_the_time(monkeypatch) -> N
     assert times == [check.SECONDS]
 
 
+def in_a_shell(monkeypatch: pytest.MonkeyPatch, scripts: list[str]) -> list[list[tuple[str, str]]]:
+    """Let the other process be these scripts in turn; returns what each was asked for."""
+    asked: list[list[tuple[str, str]]] = []
+
+    def command(device: str, pairs: list[tuple[str, str]], end: float) -> list[str]:
+        asked.append(pairs)
+        return ["sh", "-c", scripts[len(asked) - 1]]
+
+    monkeypatch.setattr(check, "_command", command)
+    return asked
+
+
+def said(op: str, state: str = "passed") -> str:
+    return f"echo '{json.dumps(dict(op=op, backend='cuda', state=state))}'; "
+
+
+def test_a_hang_and_a_crash_are_told_and_the_others_go_on_in_another_process(monkeypatch) -> None:
+    monkeypatch.setattr(check, "PATIENCE", 0.5)
+    pairs = [(op, "cuda") for op in ("a", "b", "c", "d", "e", "f")]
+    scripts = [said("a") + "exec sleep 60", "kill -9 $$", said("d", "failed"), said("e") + said("f")]
+    asked = in_a_shell(monkeypatch, [scripts[0], scripts[1], *scripts[2:]])
+    found = [(r.op, r.state, r.detail) for r in check._elsewhere("cuda", pairs, perf_counter())]
+    assert found == [
+        ("a", "passed", ""),
+        ("b", "failed", "no answer within 0 s: it hangs"),
+        ("c", "failed", "its process ended with code -9"),
+        ("d", "failed", ""),  # the context may be broken: the next one goes on
+        ("e", "passed", ""),
+        ("f", "passed", ""),
+    ]
+    assert [len(pairs) for pairs in asked] == [6, 4, 3, 2]
+
+
+def test_the_other_process_says_what_it_found() -> None:
+    """As it is started, on an op of a CPU."""
+    (result,) = check._elsewhere("cpu", [("linear", "torch")], perf_counter())
+    assert (result.op, result.backend, result.state) == ("linear", "torch", "passed") and result.left > 0 and result.size
+
+
 def test_colour_is_for_terminals_that_want_it(monkeypatch, capsys) -> None:
     monkeypatch.setattr(check, "check", lambda device, again: [check.Result("mlp", "cpu", "failed", "why")])
     for terminal, no_colour, coloured in ((True, "", True), (True, "1", False), (False, "", False)):
@@ -176,9 +217,9 @@ def choice(x: torch.Tensor) -> str:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> str:
     """CPU tensors that dispatch takes for those of an H200, whose layer norm in CUDA C++ supports everything."""
     monkeypatch.setitem(dispatch.AUTOMATIC, "cpu", dispatch.AUTOMATIC["cuda"])
-    monkeypatch.setattr(passed, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(passed, "hardware", lambda device: "compute capability 9.0")
     as_backend(monkeypatch, "cuda")
-    return "NVIDIA H200"
+    return "compute capability 9.0"
 
 
 def test_a_cuda_kernel_is_automatic_only_where_it_has_passed(monkeypatch, gpu: str, cache: Path) -> None:
@@ -191,9 +232,46 @@ def test_a_cuda_kernel_is_automatic_only_where_it_has_passed(monkeypatch, gpu: s
     cache.unlink()
     assert choice(x) == "cuda"  # nothing is read within a call
     passed.lacks.cache_clear()
-    monkeypatch.setattr(passed, "device_name", lambda device: "NVIDIA L4")
-    passed.keep({passed.key("layer_norm", "cuda", "cpu").replace("L4", "H200"): {"cases": 1}})
-    assert choice(x) == "torch" and "no NVIDIA L4 has passed it" in str(passed.lacks("layer_norm", x.device))
+    monkeypatch.setattr(passed, "hardware", lambda device: "compute capability 8.9")
+    passed.keep({passed.key("layer_norm", "cuda", "cpu").replace("8.9", "9.0"): {"cases": 1}})
+    assert choice(x) == "torch"
+    assert "no GPU of compute capability 8.9 has passed it" in str(passed.lacks("layer_norm", x.device))
+
+
+def test_a_pass_is_of_a_gpus_capability_and_not_of_its_name(monkeypatch) -> None:
+    """What an H200 has passed serves an H100."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    keys = set()
+    for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert passed.device_name("cuda") == name and passed.hardware("cuda") == "compute capability 9.0"
+        keys.add(passed.key("layer_norm", "cuda", "cuda"))
+    assert len(keys) == 1
+
+
+def test_the_faster_of_two_kernels_is_the_automatic_one(monkeypatch, gpu: str, cache: Path) -> None:
+    """By what was measured here at one size, else by the record's figures."""
+    as_backend(monkeypatch, "cuda")
+    keys = {backend: passed.key("layer_norm", backend, "cpu") for backend in ("cuda", "triton")}
+
+    def lacks(cuda: dict, triton: dict | None) -> str | None:
+        passed.keep({keys["cuda"]: cuda, keys["triton"]: triton})
+        return passed.lacks("layer_norm", torch.device("cpu"))
+
+    slow, fast = dict(cases=9, ms=3.0, size="a"), dict(cases=9, ms=2.0, size="a")
+    assert lacks(fast, slow) is None
+    assert lacks(slow, fast) == "Triton's is 1.50 times as fast on compute capability 9.0"
+    assert lacks(slow, fast | dict(size="b")) is None  # at different sizes: not compared
+    assert lacks(slow, None) is None
+    assert lacks(slow | dict(ms=math.nan), fast) is None
+    root = cache.parent / "kernels"
+    root.mkdir()
+    kernel = f"layer_norm cuda {passed.fingerprint('layer_norm', 'cuda')}"
+    monkeypatch.setattr(passed, "ROOT", root)
+    for speed, reason in ((0.5, "Triton's is 2.00 times as fast"), (1.2, "None"), (None, "None")):
+        (root / "passed.json").write_text(json.dumps({kernel: {gpu: speed}}))
+        assert reason in str(lacks(dict(cases=9), None))
+        assert lacks(fast, slow) is None  # what is measured here counts before a record
 
 
 def test_a_shipped_record_makes_it_automatic_for_that_source_alone(monkeypatch, gpu: str, tmp_path: Path) -> None:
@@ -206,7 +284,7 @@ def test_a_shipped_record_makes_it_automatic_for_that_source_alone(monkeypatch, 
     monkeypatch.setattr(passed, "ROOT", root)
     passed.fingerprint.cache_clear()
     try:
-        recorded = {f"layer_norm cuda {passed.fingerprint('layer_norm', 'cuda')}": [gpu]}
+        recorded = {f"layer_norm cuda {passed.fingerprint('layer_norm', 'cuda')}": {gpu: None}}
         (root / "passed.json").write_text(json.dumps(recorded))
         assert choice(x) == "cuda"
         (root / "device.cuh").write_text("// other helpers\n")  # an included file counts as the kernel's own

@@ -33,22 +33,22 @@ def test_a_table_without_a_record_is_an_error() -> None:
         tables.filled("<!-- table: gone --><!-- end -->", {"cpu": ""})
 
 
-def made(kernel: str | None, failed: int = 0, finished: bool = True, device: str = "H200") -> dict[str, Any]:
-    counts = {"layer_norm": {"cuda": dict(passed=9, failed=failed, kernel=kernel)}}
-    return dict(machine=dict(kind="gpu", device=device), tests=counts, tests_finished=finished)
+def made(kernel: str | None, failed: int = 0, left: int = 0, device: str = "H200", rows=()) -> dict[str, Any]:
+    counts = {"layer_norm": {"cuda": dict(passed=9, failed=failed, left=left, kernel=kernel)}}
+    return dict(machine=dict(kind="gpu", device=device, hardware="9.0"), tests=counts, rows=list(rows))
 
 
 def test_a_kernel_counts_as_passed_only_while_its_source_is_the_same() -> None:
     now = passed.fingerprint("layer_norm", "cuda")
 
     def state(*records: dict[str, Any], device: str = "H200") -> str:
-        return record.state("layer_norm", "cuda", device, dict(enumerate(records)))  # type: ignore[arg-type]
+        return record.state("layer_norm", "cuda", record.of(dict(enumerate(records)), device=device))  # type: ignore[arg-type]
 
     assert state(made(now)) == "passed"
     assert state(made("0" * 64)) == "changed since"
     assert state(made("0" * 64), made(now)) == "passed"
     assert state(made(now), made(now, failed=1)) == "failed"
-    assert state(made("0" * 64, failed=1)) == state(made(now, finished=False)) == state() == "never"
+    assert state(made("0" * 64, failed=1)) == state(made(now, left=1)) == state() == "never"
     assert state(made(now), device="H100") == "never"
 
 
@@ -58,8 +58,24 @@ def test_the_gpu_table_and_the_automatic_choice_follow_the_records() -> None:
     table = record.gpu_table(found)
     assert table.startswith("| kernel | H100 | H200 |\n|---|---|---|\n")
     assert "| layer_norm cuda | changed since | passed |" in table and "| layer_norm triton | never | never |" in table
-    assert record.passes(found) == {f"layer_norm cuda {now}": ["H200"]}
+    assert record.passes(found) == {f"layer_norm cuda {now}": {"9.0": None}}
     assert record.gpu_table({}).startswith("| kernel | on a GPU |\n|---|---|\n") and record.passes({}) == {}
+
+
+def test_how_fast_a_kernel_is_beside_tritons_follows_the_rows() -> None:
+    """By the geometric mean over the sizes that have both, in records of the kernel as it is."""
+    now = passed.fingerprint("layer_norm", "cuda")
+
+    def rows(*times: tuple[float, float]) -> list[dict[str, Any]]:
+        return [row(op="layer_norm", rivals={"our cuda": c, "our triton": t}) for c, t in times]
+
+    absent = row(op="layer_norm", rivals={"our triton": 1.0})
+    absent["rivals"]["our cuda"] = {"absent": "it refused"}
+    other = row(op="mlp", rivals={"our cuda": 1.0, "our triton": 9.0})
+    found = {"a": made(now, rows=[*rows((1.0, 4.0), (2.0, 2.0)), absent, other]), "b": made("0" * 64, rows=rows((1.0, 100.0)))}
+    assert record.passes(found) == {f"layer_norm cuda {now}": {"9.0": 2.0}}
+    found["c"] = made(now, device="H100", rows=rows((8.0, 1.0)))  # another model of the same capability
+    assert record.passes(found) == {f"layer_norm cuda {now}": {"9.0": pytest.approx((4 / 8) ** (1 / 3), abs=1e-3)}}
 
 
 def test_the_machine_says_what_figures_depend_on(monkeypatch) -> None:
@@ -105,11 +121,7 @@ def other(change) -> str:
         ("norivals", other(lambda r: r["rows"][0].pop("rivals")), "norivals.json: expected a record as bench/run.py writes it"),
         ("slow", other(lambda r: r["rows"][0]["rivals"]["eager"].update(speedup=None)), "expected a speed-up over eager"),
         ("share", other(lambda r: r["rows"][0].update(roofline=dict(share=-1, rate=1))), "expected a share of the roofline"),
-        (
-            "unfinished",
-            other(lambda r: r.update(tests=made("0" * 64)["tests"], tests_finished=None)),
-            "expected tests_finished",
-        ),
+        ("unfinished", other(lambda r: r.update(tests=made("0" * 64, left=-1)["tests"])), "were left, got"),
         ("twice", other(lambda r: r["rows"].append(r["rows"][0])), "['kernels: mlp a'] twice"),
         ("demo", '{"accuracy": [{}]}', "demo.json: expected what make demo writes"),
     ],

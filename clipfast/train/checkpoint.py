@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from clipfast.train.job import Job
-from clipfast.weights.distributed import ABOUT, Reader, fingerprint, hush, verify
+from clipfast.weights.distributed import ABOUT, Reader, fill, fingerprint, hush, sealed, verify
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Checkpoints:
             if self.job.rank == 0:
                 about["files"] = {file.name: fingerprint(file) for file in sorted(part.iterdir())}
                 with open(part / ABOUT, "w") as file:
-                    json.dump(about, file, indent=1)
+                    json.dump(sealed(about), file, indent=1)
                     file.flush()
                     os.fsync(file.fileno())
                 _sync_folder(part)
@@ -135,15 +135,15 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def load(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def load(reader: Reader, tensors: Mapping[str, Tensor]) -> None:
     """Fill the tensors (FSDP's parts too) from a checkpoint, each rank what it needs; ValueError lists what does not fit."""
-    check_shapes(path, tensors)
-    dcp.load(dict(tensors), storage_reader=Reader(path), no_dist=True)
+    check_shapes(reader, tensors)
+    fill(reader, tensors)
 
 
-def check_shapes(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def check_shapes(reader: Reader, tensors: Mapping[str, Tensor]) -> None:
     """ValueError listing what a checkpoint lacks of the tensors, or has in another shape, or has besides."""
-    shapes = Reader(path).shapes()
+    shapes = reader.shapes()
     missing = [name for name in tensors if name not in shapes]
     differ = [
         f"{name} (expected {list(tensor.shape)}, got {list(shapes[name])})"
@@ -153,4 +153,4 @@ def check_shapes(path: Path, tensors: Mapping[str, Tensor]) -> None:
     more = [name for name in shapes if name.startswith("model.") and name not in tensors]
     faults = [("missing", missing), ("mis-shaped", differ), ("unexpected", more)]
     if told := [f"{len(names)} {fault}: {', '.join(names)}" for fault, names in faults if names]:
-        raise ValueError(f"{path}: expected a checkpoint of this architecture: {'; '.join(told)}")
+        raise ValueError(f"{reader.path}: expected a checkpoint of this architecture: {'; '.join(told)}")

@@ -13,9 +13,10 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from clipfast.data import Batch
-from clipfast.files import locked, output_folder, replacing
+from clipfast.files import first_line, locked, output_folder, replacing
 from clipfast.model import CLIP
 from clipfast.train.checkpoint import Checkpoints, check_shapes, load
 from clipfast.train.config import FREE_ON_RESUME, TrainConfig, arguments_for, sizes
@@ -24,6 +25,7 @@ from clipfast.train.job import Job, joined, stop_signals
 from clipfast.train.watch import Watch
 from clipfast.weights import load as load_model
 from clipfast.weights.distributed import Reader, read_about
+from clipfast.weights.files import read as read_file
 
 log = logging.getLogger(__name__)
 Batches = Callable[[int], Iterator[Batch]]  # batches(step): endless, this rank's from that step on, so that runs can resume
@@ -135,15 +137,16 @@ def alone_in(out: Path, job: Job) -> Iterator[None]:
 def holds(path: Path, result: dict[str, Any]) -> bool:
     """Whether a file is there, is whole, and has this model to the last bit."""
     try:
-        found = torch.load(path, "cpu", weights_only=True, mmap=True)
-        state, expected = found["state_dict"], result["state_dict"]
-        return (
-            found["model_config"] == result["model_config"]
-            and state.keys() == expected.keys()
-            and all(state[name].dtype == t.dtype and torch.equal(state[name], t.cpu()) for name, t in expected.items())
-        )
-    except Exception:  # of all kinds, for files of all kinds: it is written anew
+        if not path.is_file():
+            return False
+        state, told = read_file(path)
+    except (OSError, ValueError):
         return False
+    expected = {name: tensor.cpu() for name, tensor in result["state_dict"].items()}
+    return (told, state.keys()) == (result["model_config"], expected.keys()) and all(
+        isinstance(state[name], Tensor) and state[name].dtype == tensor.dtype and torch.equal(state[name], tensor)
+        for name, tensor in expected.items()
+    )
 
 
 def new_model(config: TrainConfig) -> CLIP:
@@ -169,21 +172,39 @@ def resumed(config: TrainConfig, checkpoints: Checkpoints, engine: Engine, order
     path = checkpoints.choose(config.resume)
     if path is None:
         return 0, 0.0
-    about = read_about(path)
+    found: tuple[int, float] | Exception
+    try:
+        found = taken_over(path, config, checkpoints, engine, order)
+    except Exception as error:
+        found = error
+    checkpoints.job.gather(found if isinstance(found, Exception) else None)  # what one rank cannot read stops all
+    assert not isinstance(found, Exception)
+    return found
+
+
+def taken_over(
+    path: Path, config: TrainConfig, checkpoints: Checkpoints, engine: Engine, order: dict[str, Any]
+) -> tuple[int, float]:
+    """Steps and seconds of a checkpoint that this run may go on from; its state is in `engine`."""
+    about, reader = read_about(path), Reader(path)
     own = path.resolve().parent == checkpoints.folder.resolve()
     if config.resume != "auto" and (others := [step for step in checkpoints.steps() if step > about["step"] or not own]):
         told = f"expected no other checkpoints in {config.out} than those before {path}, got one of step {others[-1]}"
         raise FileExistsError(f"{told}; go on from the newest (auto), or choose another `out`")
-    tensors = engine.tensors(Reader(path).shapes())
+    tensors = engine.tensors(reader.shapes())
     now, then = json.loads(json.dumps(asdict(config))), {"objective": "contrastive"} | about["config"]
     if changed := [name for name in now if name not in FREE_ON_RESUME and now[name] != then.get(name)]:
         if "model" in changed:
-            check_shapes(path, tensors)
+            check_shapes(reader, tensors)
         differ = ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in changed)
         raise ValueError(f"expected the config of {path}, but {differ}; restore it, or choose another `out`")
     before = about.get("order") or order  # of our own batches alone
     if other := ", ".join(f"{name} {before.get(name)} -> {now}" for name, now in order.items() if now != before.get(name)):
         log.warning("the batches go on in another order than before %s, some come twice or not: %s", path, other)
-    load(path, tensors)
-    engine.loaded(tensors, about)
+    load(reader, tensors)
+    try:
+        engine.loaded(tensors, about)
+    except RuntimeError as error:  # torch's, of random numbers
+        told = f"{path}: expected the state of a run, got {first_line(error)}"
+        raise ValueError(f"{told}; take another checkpoint, or remove this one") from error
     return about["step"], about["seconds"]

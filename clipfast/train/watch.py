@@ -89,7 +89,7 @@ class Watch:
 
     def has_evaluated(self, step: int) -> bool:
         """Whether the scores of that step are in eval.jsonl, as rank 0 sees it."""
-        return self.rank == 0 and self.scores.exists() and step in map(_step, _lines(self.scores))
+        return self.rank == 0 and self.scores.is_file() and step in map(_step, _lines(self.scores))
 
     def evaluated(self, step: int, scores: dict[str, float]) -> None:
         """Scores of a validation: a line in eval.jsonl and scalars."""

@@ -74,13 +74,13 @@ class Object:
 
 
 class Archive:
-    """`with Archive(path) as archive`: the tree that the index describes, tensors as `Stored`.
+    """`with Archive(file) as archive`: the tree that the index describes, tensors as `Stored`.
 
     Raises ValueError, pickle.UnpicklingError, zipfile.BadZipFile or whatever a damaged index makes its reader raise.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.file: IO[bytes] = open(path, "rb")  # noqa: SIM115 - closed by __exit__
+    def __init__(self, file: Path | IO[bytes]) -> None:
+        self.file: IO[bytes] = open(file, "rb") if isinstance(file, Path) else file  # noqa: SIM115 - closed by __exit__
         try:
             self.zip = zipfile.ZipFile(self.file)
             self.entries = _checked(self.zip)

@@ -103,7 +103,7 @@ def _found(where: str, download_root: str | None, ignore: tuple[str, ...]) -> Fo
         return _from_file(download(URLS[where], Path(download_root or "~/.cache/clip").expanduser()), ignore)
     if where.startswith("hf-hub:"):
         return from_folder(where, hub_finder(where.removeprefix("hf-hub:"), download_root))
-    if os.path.isfile(os.path.join(where, ".metadata")):  # a checkpoint of clipfast.train
+    if any(os.path.isfile(os.path.join(where, name)) for name in (".metadata", "about.json")):  # a checkpoint of clipfast.train
         from clipfast.weights.distributed import weights  # here, as it brings in torch.distributed
 
         held = weights(where)

@@ -239,7 +239,7 @@ def checkpointed(out: Path, step: int) -> dict[str, Tensor]:
     distributed.verify(path)
     entries = distributed.Reader(path).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
-    checkpoint.load(path, tensors)
+    checkpoint.load(distributed.Reader(path), tensors)
     return tensors
 
 
@@ -776,13 +776,15 @@ def test_a_checkpoint_of_another_architecture_lists_the_shapes(tmp_path):
     path = tmp_path / "checkpoints" / "step_00000001"
     engine = Engine(config(tmp_path), Job(0, 1, torch.device("cpu")), tiny(SIZES | {"vision_width": 128, "embed_dim": 32}))
     with pytest.raises(ValueError, match=r"visual.conv1.weight \(expected \[128, 3, 16, 16\], got \[64, 3, 16, 16\]\)"):
-        checkpoint.load(path, engine.tensors({}))
+        checkpoint.load(distributed.Reader(path), engine.tensors({}))
     with pytest.raises(ValueError, match=r"architecture: .* visual.conv1.weight|model.visual.conv1.weight \(expected \[128"):
         train(config(tmp_path, model=SIZES | {"vision_width": 128}, resume="auto"), endless)
     with pytest.raises(ValueError, match=r"model .*'quick_gelu': False.* restore it"):  # no shape differs
         train(config(tmp_path, model=SIZES | {"quick_gelu": False}, resume="auto"), endless)
     with pytest.raises(ValueError, match=r"model.visual.transformer.resblocks.2.attn.in_proj_weight"):
-        checkpoint.load(path, Engine(config(tmp_path), engine.job, tiny(SIZES | {"vision_layers": 3})).tensors({}))
+        checkpoint.load(
+            distributed.Reader(path), Engine(config(tmp_path), engine.job, tiny(SIZES | {"vision_layers": 3})).tensors({})
+        )
 
 
 class Evil:

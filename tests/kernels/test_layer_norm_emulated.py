@@ -63,6 +63,7 @@ CASES |= {
     "C4096": dict(shape=(2, 4096), residual=True),
     "more rows than teams": dict(shape=(151, 64), residual=True),
     "one row, residual": dict(shape=(64,), residual=True),
+    "C1032, more rows than teams": dict(shape=(70, 1032)),
 }
 
 

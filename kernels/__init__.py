@@ -15,6 +15,7 @@ The ops:
     bmm               a batch of products of matrices, where the vendor's is slow
     contrastive       both log-sum-exps of CLIP's similarity matrix and their gradients, the matrix never formed
     convolution       3 × 3 and 1 × 1, of few channels
+    expand            the first half of an MLP, the activation in the epilogue of the product
     layer_norm        layer norm, with the residual addition before it in the same pass
     linear            x·Wᵀ + b by the faster of the machine's two libraries
     mlp               Linear, QuickGELU or GELU, Linear; the activation in one pass with the bias
@@ -35,6 +36,7 @@ from clipfast.kernels.bmm import bmm
 from clipfast.kernels.contrastive import contrastive
 from clipfast.kernels.convolution import convolution
 from clipfast.kernels.dispatch import use
+from clipfast.kernels.expand import expand
 from clipfast.kernels.layer_norm import layer_norm
 from clipfast.kernels.linear import linear
 from clipfast.kernels.mlp import mlp
@@ -43,6 +45,6 @@ from clipfast.kernels.pairwise_sigmoid import pairwise_sigmoid
 from clipfast.kernels.pooling import pooling
 
 __all__ = [
-    "OPS", "attention", "batch_norm", "bmm", "contrastive", "convolution", "dispatch", "layer_norm", "linear", "mlp",
-    "pairwise_sigmoid", "pooling", "use",
+    "OPS", "attention", "batch_norm", "bmm", "contrastive", "convolution", "dispatch", "expand", "layer_norm", "linear",
+    "mlp", "pairwise_sigmoid", "pooling", "use",
 ]  # fmt: skip

@@ -250,6 +250,18 @@ COMPILED: dict[str, list[tuple[str, ...]]] = {
         ("sum = sums[lane][line];", "sum = sums[line][lane];"),
         ("bias = vectors_of(bias_, gains)", "bias = contiguous(bias_)"),
     ],
+    "expand/cuda.cu": [
+        ("if (given.h && row < given.rows) store", "if (given.h) store"),
+        ("if (row < given.rows) store(given.y", "store(given.y"),
+        ("activation<quick>(x[i] + bias[i])", "activation<quick>(x[i])"),
+        ("given.bias + column + 32 * part", "given.bias + column"),
+        ("const int row = first + 8 * h;", "const int row = first + 4 * h;"),
+        ("s[16 * part + i / 2 * 4 + 2 * h + i % 2]", "s[16 * part + i / 2 * 4 + i % 2]"),
+        ("(-1.702f * kLog2E)", "-1.702f"),
+        ("erff(x * 0.70710678f)", "erff(x)"),
+        ("column += 8 * (seat.lane % 4);", "column += 2 * (seat.lane % 4);"),
+        ("weight = vectors_of(weight_, type)", "weight = weight_"),
+    ],
     "device.cuh": [
         ("% 16 ? clone(typed) : typed", "% 16 ? typed : typed"),
         ("contiguous(to(x, type))", "contiguous(x)"),

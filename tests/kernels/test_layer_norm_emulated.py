@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,20 +19,13 @@ from tests.kernels.test_attention_emulated import _on_gpu
 from tests.kernels.test_cuda_emulated import compiled
 
 OP = kernels.OPS["layer_norm"]
-HARNESS = """
-#define CLIPFAST_EMULATED
-#define CLIPFAST_TORCH
-#include "kernels/layer_norm/cuda.cu"
-"""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The operators of the source, here for tensors of the CPU."""
-    folder = tmp_path_factory.mktemp("emulated")
-    intact = compiled(HARNESS, folder, with_torch=True).intact
+def backend_of(op: str, folder: Path, supports: Callable[..., str | None]) -> SimpleNamespace:
+    """An op's CUDA C++ as a backend for tensors of the CPU: its operators in the emulator."""
+    harness = f'#define CLIPFAST_EMULATED\n#define CLIPFAST_TORCH\n#include "kernels/{op}/cuda.cu"\n'
+    intact = compiled(harness, folder, with_torch=True).intact
     intact.restype = ctypes.c_bool
-    found, ours = OP.backend, torch.ops.clipfast
 
     def whole(operator: Callable) -> Callable:
         def call(*args: Any) -> Any:
@@ -41,11 +35,14 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
         return call
 
-    backend = SimpleNamespace(
-        supports=lambda first, *rest: _supports_cuda(_on_gpu(first), *rest),
-        forward=whole(ours.layer_norm_cuda.default),
-        backward=whole(ours.layer_norm_backward_cuda.default),
-    )
+    parts = {part: getattr(torch.ops.clipfast, f"{name}_cuda").default for part, name in kernels.OPS[op].parts.items()}
+    return SimpleNamespace(supports=supports, **{part: whole(operator) for part, operator in parts.items()})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    backend = backend_of("layer_norm", tmp_path_factory.mktemp("emulated"), lambda x, *rest: _supports_cuda(_on_gpu(x), *rest))
+    found = OP.backend
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OP, "backend", lambda name: backend if name == "cuda" else found(name))
         yield

@@ -12,7 +12,7 @@ import torch
 import clipfast.interop
 from clipfast.inputs.image import jpeg_decoder
 from clipfast.interop.accelerate import LIBRARIES
-from clipfast.kernels import OPS, dispatch, passed
+from clipfast.kernels import OPS, dispatch, passed, processor
 
 
 def info() -> str:
@@ -61,5 +61,6 @@ def _versions(device: str) -> list[tuple[str, str]]:
             rows.append((package, "absent"))
     rows += [(f"_C_{kind}", dispatch.library(kind) or "loaded") for kind in ("cpu", "cuda")]
     rows.append(("jpeg", jpeg_decoder()))
+    rows.append(("processor", f"{processor.NAME}{', as CLIPFAST_CPU asks' if processor.HELD else ''}"))
     rows.append(("device", f"{passed.device_name(device)}, {passed.driver() or f'{torch.get_num_threads()} threads'}"))
     return rows

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 from pathlib import Path
 
 import torch
+
+from clipfast.kernels import processor
 
 
 @functools.cache
@@ -14,6 +17,8 @@ def library(kind: str) -> str | None:
     """Load the compiled library ``_C_<kind>`` once; None, or the reason why it cannot be had."""
     if kind == "cuda" and torch.version.cuda is None:
         return "this torch is built without CUDA"
+    if kind == "cpu" and processor.NAME == "none":
+        return "expected a processor with AVX-512, AVX2 or NEON" + (", got CLIPFAST_CPU=none" if processor.HELD else "")
     folder = Path(importlib.import_module("clipfast").__file__ or "").parent
     path = folder / f"_C_{kind}.so"
     if not path.exists():
@@ -22,6 +27,8 @@ def library(kind: str) -> str | None:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"{path.name} does not load: {error}"
+    if kind == "cpu" and processor.NAME == "avx2":
+        ctypes.CDLL(str(path)).clipfast_hold_to_avx2()
     return None
 
 

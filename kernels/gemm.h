@@ -13,9 +13,9 @@
 
 namespace clipfast {
 
-// A matrix [rows, columns] lies in panels of 48 columns, (r, c) at [c / 48][r][c % 48]: three registers of 16 floats, six of 8.
+// A matrix [rows, columns] lies in panels of 48 columns, (r, c) at [c / 48][r][c % 48]: three registers of 16 floats, six of 8, twelve of 4.
 constexpr int64_t kPanel = 48;
-constexpr int64_t kTall = 8;   // rows of a tile: 8 × 3 sums and 4 operands fill the 32 AVX-512 registers
+constexpr int64_t kTall = 8;   // rows of a tile: 8 × 3 sums and 4 operands fill the 32 registers of AVX-512 or NEON
 constexpr int64_t kChunk = 64;  // rows of a task
 // A block of S, 6 MB: text is packed once for 2,048 rows (1 % of the time), and the 200 KB of a task stay in L2.
 constexpr int64_t kBlockRows = 2048, kBlockColumns = 768;
@@ -61,7 +61,7 @@ template <int w, bool turned>
 CLIPFAST_INLINE void product_of(
     const float* A, int64_t next, const float* B, float* C, int64_t ldc, int64_t rows, int64_t columns, int64_t depth, bool add,
     float factor) {
-  constexpr int m = w == 16 ? kTall : kTall / 2;  // 4 × 3 sums and 4 operands fill the 16 AVX2 registers
+  constexpr int m = w == 8 ? kTall / 2 : kTall;  // 4 × 3 sums and 4 operands fill the 16 registers of AVX2
   for (int64_t k = 0; k < depth; k += kPanel, A += next, B += kPanel * kPanel, add = true) {
     const int64_t deep = std::min(kPanel, depth - k);
     const float by = k + deep == depth ? factor : 1.0f;
@@ -79,26 +79,13 @@ CLIPFAST_INLINE void product_of(
 }
 
 // C[rows, columns] = factor·A·B, or factor·(C + A·B) where `add`, with A[rows, depth] in panels `next` floats apart and B[depth, 48].
-CLIPFAST_CLONES static void product(
-    const float* A, int64_t next, const float* B, float* C, int64_t ldc, int64_t rows, int64_t columns, int64_t depth, bool add,
-    float factor) {
-  if (kWide)
-    product_of<16, false>(A, next, B, C, ldc, rows, columns, depth, add, factor);
-  else
-    product_of<8, false>(A, next, B, C, ldc, rows, columns, depth, add, factor);
-}
+constexpr auto product = kernel<product_of<kWideFloats, false>, product_of<kNarrowFloats, false>>;
 
-// C[rows, columns] = Aᵀ·B, or C + Aᵀ·B where `add`, with A[depth, rows] one panel.
-CLIPFAST_CLONES static void turned_product(
-    const float* A, const float* B, float* C, int64_t ldc, int64_t rows, int64_t columns, int64_t depth, bool add) {
-  if (kWide)
-    product_of<16, true>(A, kPanel * kPanel, B, C, ldc, rows, columns, depth, add, 1.0f);
-  else
-    product_of<8, true>(A, kPanel * kPanel, B, C, ldc, rows, columns, depth, add, 1.0f);
-}
+// The same with Aᵀ, of A[depth, rows] in panels of which each holds 48 of the depth.
+constexpr auto turned_product = kernel<product_of<kWideFloats, true>, product_of<kNarrowFloats, true>>;
 
 // x[rows, D], its rows `ld` floats apart, into panels `next` floats apart, the last filled up with zeros.
-CLIPFAST_CLONES static void pack(const float* x, int64_t ld, int64_t rows, int64_t D, float* to, int64_t next) {
+CLIPFAST_INLINE void pack_rows(const float* x, int64_t ld, int64_t rows, int64_t D, float* to, int64_t next) {
   for (int64_t r = 0; r < rows; ++r, x += ld)
     for (int64_t d = 0; d < D; d += kPanel) {
       float* row = to + d / kPanel * next + r * kPanel;
@@ -109,24 +96,27 @@ CLIPFAST_CLONES static void pack(const float* x, int64_t ld, int64_t rows, int64
       }
     }
 }
+constexpr auto pack = kernel<pack_rows>;
 
 // xᵀ of x[rows, D], rows ≤ 48 and `ld` floats apart, as one panel [D][48], filled up with zeros.
-CLIPFAST_CLONES static void pack_turned(const float* x, int64_t ld, int64_t rows, int64_t D, float* to) {
-  static constexpr float zeros[8] = {};
-  for (int64_t i = 0; i < kPanel; i += 8) {
+CLIPFAST_INLINE void pack_columns(const float* x, int64_t ld, int64_t rows, int64_t D, float* to) {
+  constexpr int w = kSquare;
+  static constexpr float zeros[w] = {};
+  for (int64_t i = 0; i < kPanel; i += w) {
     int64_t d = 0;
-    for (; d + 8 <= D; d += 8) {
-      Vector<8>::Floats r[8];
+    for (; d + w <= D; d += w) {
+      Vector<w>::Floats r[w];
 #pragma GCC unroll 8
-      for (int64_t l = 0; l < 8; ++l) r[l] = at<8>(i + l < rows ? x + (i + l) * ld + d : zeros);
+      for (int64_t l = 0; l < w; ++l) r[l] = at<w>(i + l < rows ? x + (i + l) * ld + d : zeros);
       turn(r);
 #pragma GCC unroll 8
-      for (int64_t l = 0; l < 8; ++l) at<8>(to + (d + l) * kPanel + i) = r[l];
+      for (int64_t l = 0; l < w; ++l) at<w>(to + (d + l) * kPanel + i) = r[l];
     }
     for (; d < D; ++d)
-      for (int64_t l = i; l < i + 8; ++l) to[d * kPanel + l] = l < rows ? x[l * ld + d] : 0.0f;
+      for (int64_t l = i; l < i + w; ++l) to[d * kPanel + l] = l < rows ? x[l * ld + d] : 0.0f;
   }
 }
+constexpr auto pack_turned = kernel<pack_columns>;
 
 // S of `rows` rows from row i of image and `columns` columns from column j of text, in panels `next` floats apart; the columns that
 // fill up the last panel hold -inf.
@@ -206,8 +196,8 @@ void sweep(
         each(widths * panels, [&](int64_t t) {
           const int64_t p = t / widths, d = t % widths, c = p * kPanel;
           turned_product(
-              S + p * row_panel, I + d * row_panel, text_grad + (j + c) * D + d * kPanel, D, std::min(kPanel, columns - c),
-              std::min(kPanel, D - d * kPanel), rows, i > 0);
+              S + p * row_panel, kPanel * kPanel, I + d * row_panel, text_grad + (j + c) * D + d * kPanel, D,
+              std::min(kPanel, columns - c), std::min(kPanel, D - d * kPanel), rows, i > 0, 1.0f);
         });
     }
     after(i, rows);

@@ -9,18 +9,37 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-// One clone of a function for each instruction set, chosen when the library loads. The loops inside must be ones that the compiler
-// vectorises; every function that they call must be inlined into them.
-#if defined(__x86_64__)
-#define CLIPFAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLIPFAST_CLONES
-#endif
 #define CLIPFAST_INLINE inline __attribute__((always_inline))
 
 namespace clipfast {
 
 using torch::stable::Tensor;
+
+// Floats of the two kinds of registers that code is compiled for, and how many registers there are of the narrow ones.
+#if defined(__x86_64__)
+constexpr int kWideFloats = 16, kNarrowFloats = 8, kNarrowRegisters = 16;  // AVX-512, AVX2
+inline bool wide = __builtin_cpu_supports("avx512vl");                     // as a processor without VL is taken for AVX2
+#else
+constexpr int kWideFloats = 4, kNarrowFloats = 4, kNarrowRegisters = 32;  // NEON has one kind
+inline bool wide = false;
+#endif
+
+// One function for each instruction set, chosen at run time by `wide`, with code that is inlined into it whole: the loops inside
+// must be ones that the compiler vectorises, and so must be what they call. Arguments are those of the code.
+template <auto for_wide, auto for_narrow, class Type = decltype(for_narrow)>
+struct Sets;
+template <auto for_wide, auto for_narrow, class... Arguments>
+struct Sets<for_wide, for_narrow, void (*)(Arguments...)> {
+#if defined(__x86_64__)
+  __attribute__((target("arch=x86-64-v4"))) static void in_avx512(Arguments... arguments) { for_wide(arguments...); }
+  __attribute__((target("arch=x86-64-v3"))) static void in_avx2(Arguments... arguments) { for_narrow(arguments...); }
+  static void run(Arguments... arguments) { wide ? in_avx512(arguments...) : in_avx2(arguments...); }
+#else
+  static void run(Arguments... arguments) { for_narrow(arguments...); }
+#endif
+};
+template <auto for_wide, auto for_narrow = for_wide>
+constexpr auto kernel = &Sets<for_wide, for_narrow>::run;
 
 inline const float* floats(const Tensor& t) { return static_cast<const float*>(t.data_ptr()); }
 inline float* mutable_floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
@@ -39,6 +58,11 @@ struct Vector<8> {
   using Floats = float __attribute__((vector_size(32), aligned(4), may_alias));
   using Flags = int32_t __attribute__((vector_size(32), aligned(4), may_alias));
 };
+template <>
+struct Vector<4> {
+  using Floats = float __attribute__((vector_size(16), aligned(4), may_alias));
+  using Flags = int32_t __attribute__((vector_size(16), aligned(4), may_alias));
+};
 template <int w>
 CLIPFAST_INLINE typename Vector<w>::Floats& at(float* p) {
   return *reinterpret_cast<typename Vector<w>::Floats*>(p);
@@ -48,20 +72,23 @@ CLIPFAST_INLINE const typename Vector<w>::Floats& at(const float* p) {
   return *reinterpret_cast<const typename Vector<w>::Floats*>(p);
 }
 
-// Every clone holds the code for both widths; the machine has registers of one. (VL, as a processor without it takes the AVX2 clone.)
-#if defined(__x86_64__)
-inline const bool kWide = __builtin_cpu_supports("avx512vl");
-#else
-inline const bool kWide = false;
-#endif
-
 // Asks for n floats from p on before a loop needs them, past the end or not. A loop over several arrays gains most: with it batch
 // norm's backward runs at 49 GB/s from a Zen 5's L3, a core, and at 33 without.
 CLIPFAST_INLINE void fetch(const float* p, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(p + i);
 }
 
-// An 8 × 8 block turned over in registers: scalars or gathers take several times as long.
+// A square block turned over in registers: scalars or gathers take several times as long.
+constexpr int kSquare = kNarrowFloats;
+CLIPFAST_INLINE void turn(Vector<4>::Floats (&r)[4]) {
+  const Vector<4>::Floats t[4] = {
+      __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7),
+      __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5), __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7)};
+  r[0] = __builtin_shufflevector(t[0], t[2], 0, 1, 4, 5);
+  r[1] = __builtin_shufflevector(t[0], t[2], 2, 3, 6, 7);
+  r[2] = __builtin_shufflevector(t[1], t[3], 0, 1, 4, 5);
+  r[3] = __builtin_shufflevector(t[1], t[3], 2, 3, 6, 7);
+}
 CLIPFAST_INLINE void turn(Vector<8>::Floats (&r)[8]) {
   Vector<8>::Floats t[8], u[8];
 #pragma GCC unroll 8
@@ -121,3 +148,6 @@ CLIPFAST_INLINE float exp_to_88(float x) {
 }
 
 }  // namespace clipfast
+
+// For Python, which knows what the process is held to (processor.py).
+extern "C" inline __attribute__((used, visibility("default"))) void clipfast_hold_to_avx2() { clipfast::wide = false; }

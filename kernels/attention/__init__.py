@@ -93,8 +93,6 @@ def _supports_cpu(*args: object) -> str | None:
         return f"expected CPU tensors, got {qkv.device}"
     if qkv.dtype != torch.float32:
         return f"expected float32, got {qkv.dtype}"
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        return "expected a processor with AVX2: without it torch's own attention is faster"
     K = qkv.shape[-1] // (3 * heads)
     return f"expected heads of a multiple of 16 columns, got {K}" if K % 16 else None
 

@@ -4,7 +4,6 @@
 // Queries go in blocks of at most 32, transposed into the lanes: S[j][i] = k_j · q_i has the keys in rows and the queries in lanes, so
 // that maxima, sums and the softmax's gradient run down the rows with no sum across lanes, and K and V are read in place. Every
 // product is one micro-kernel, `product`, whose left operand is broadcast (hence may have any strides) and whose right one is vectors.
-// Written for registers of 16 and of 8 floats; the clone for machines with neither is correct but slow, and is not chosen.
 #include "vec.h"
 
 #include <algorithm>
@@ -34,7 +33,7 @@ CLIPFAST_INLINE void tile(Matrix A, const float* B, int64_t ldb, float* C, int64
   for (int64_t d = 0; d < depth; ++d)
 #pragma GCC unroll 8
     for (int i = 0; i < m; ++i)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int j = 0; j < n; ++j) sum[i][j] += A.p[i * A.row + d * A.column] * at<w>(B + d * ldb + j * w);
   for (int i = 0; i < m; ++i)
     for (int j = 0; j < n; ++j) at<w>(C + i * ldc + j * w) = sum[i][j];
@@ -62,31 +61,34 @@ CLIPFAST_INLINE void columns(Matrix A, const float* B, int64_t ldb, float* C, in
   }
 }
 
-// C[count, width] = A[count, depth] · B[depth, width], or += where `add`; width a multiple of 16.
-CLIPFAST_CLONES void product(
+template <int w, int n, int most>
+CLIPFAST_INLINE void product_of(
     Matrix A, const float* B, int64_t ldb, float* C, int64_t ldc, int64_t count, int64_t width, int64_t depth, bool add) {
   int64_t c = 0;
-  if (kWide) {  // 8 × 2 sums and three operands in 32 registers
-    for (; c + 32 <= width; c += 32) columns<16, 2, 8>(A, B + c, ldb, C + c, ldc, count, depth, add);
-    if (c < width) columns<16, 1, 8>(A, B + c, ldb, C + c, ldc, count, depth, add);
-  } else {  // 6 × 2 sums and three operands in 16 registers
-    for (; c < width; c += 16) columns<8, 2, 6>(A, B + c, ldb, C + c, ldc, count, depth, add);
-  }
+  for (; c + n * w <= width; c += n * w) columns<w, n, most>(A, B + c, ldb, C + c, ldc, count, depth, add);
+  if (c < width) columns<w, kLanes / w, most>(A, B + c, ldb, C + c, ldc, count, depth, add);
 }
 
+// C[count, width] = A[count, depth] · B[depth, width], or += where `add`; width a multiple of 16. In registers are the sums and
+// three operands at most: 8 × 2 and in NEON 6 × 4 sums of 32 registers, 6 × 2 in AVX2's 16.
+constexpr int kBeside = kLanes / kNarrowFloats;
+constexpr auto product = kernel<product_of<kWideFloats, 32 / kWideFloats, 8>, product_of<kNarrowFloats, kBeside, 6>>;
+
 // to[c][i] = factor · from[i][c] for i < count, and 0 for the other lanes.
-CLIPFAST_CLONES void transpose(const float* from, int64_t stride, int64_t count, int64_t K, int64_t lanes, float factor, float* to) {
-  static constexpr float zeros[8] = {};
-  for (int64_t i = 0; i < lanes; i += 8)
-    for (int64_t c = 0; c < K; c += 8) {
-      Vector<8>::Floats r[8];
+CLIPFAST_INLINE void transposed(const float* from, int64_t stride, int64_t count, int64_t K, int64_t lanes, float factor, float* to) {
+  constexpr int w = kSquare;
+  static constexpr float zeros[w] = {};
+  for (int64_t i = 0; i < lanes; i += w)
+    for (int64_t c = 0; c < K; c += w) {
+      Vector<w>::Floats r[w];
 #pragma GCC unroll 8
-      for (int64_t l = 0; l < 8; ++l) r[l] = factor * at<8>(i + l < count ? from + (i + l) * stride + c : zeros);
+      for (int64_t l = 0; l < w; ++l) r[l] = factor * at<w>(i + l < count ? from + (i + l) * stride + c : zeros);
       turn(r);
 #pragma GCC unroll 8
-      for (int64_t l = 0; l < 8; ++l) at<8>(to + (c + l) * lanes + i) = r[l];
+      for (int64_t l = 0; l < w; ++l) at<w>(to + (c + l) * lanes + i) = r[l];
     }
 }
+constexpr auto transpose = kernel<transposed>;
 
 template <int w>
 CLIPFAST_INLINE void exponentiate(float* p) {
@@ -126,12 +128,7 @@ CLIPFAST_INLINE void softmax_of(float* S, int64_t keys, int64_t lanes, bool caus
 }
 
 // S[keys][lanes] -> its softmax over the keys, in place, and what was subtracted and divided by for each lane.
-CLIPFAST_CLONES void softmax(float* S, int64_t keys, int64_t lanes, bool causal, int64_t first, float* maxima, float* sums) {
-  if (kWide)
-    softmax_of<16>(S, keys, lanes, causal, first, maxima, sums);
-  else
-    softmax_of<8>(S, keys, lanes, causal, first, maxima, sums);
-}
+constexpr auto softmax = kernel<softmax_of<kWideFloats>, softmax_of<kNarrowFloats>>;
 
 template <int w>
 CLIPFAST_INLINE void softmax_backward_of(
@@ -154,13 +151,7 @@ CLIPFAST_INLINE void softmax_backward_of(
 }
 
 // From S[keys][lanes] and dP[keys][lanes]: P into S, and dS = factor · P·(dP − ⟨P, dP⟩) into dP.
-CLIPFAST_CLONES void softmax_backward(
-    float* S, float* dP, int64_t keys, int64_t lanes, bool causal, int64_t first, const float* lse, float factor) {
-  if (kWide)
-    softmax_backward_of<16>(S, dP, keys, lanes, causal, first, lse, factor);
-  else
-    softmax_backward_of<8>(S, dP, keys, lanes, causal, first, lse, factor);
-}
+constexpr auto softmax_backward = kernel<softmax_backward_of<kWideFloats>, softmax_backward_of<kNarrowFloats>>;
 
 struct Sequence {  // one head of one sequence
   int64_t L, K;

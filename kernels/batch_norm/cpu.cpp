@@ -16,7 +16,7 @@ constexpr int64_t kAhead = 512;    // floats from what is read now to what is fe
 constexpr int64_t kBlock = 32768;  // floats of one task's block: 128 KB of each tensor, so that its second reading comes from L2
 
 // Σ x and Σ (x - mean)² of a block, per place of the pattern.
-CLIPFAST_CLONES void block_sums(const float* x, int64_t count, int64_t P, float* sum) {
+CLIPFAST_INLINE void sums_of(const float* x, int64_t count, int64_t P, float* sum) {
   for (int64_t i = 0; i < count; i += P) {
     const int64_t n = std::min(P, count - i);
     fetch(x + i + kAhead, n);
@@ -24,14 +24,16 @@ CLIPFAST_CLONES void block_sums(const float* x, int64_t count, int64_t P, float*
     for (int64_t p = 0; p < n; ++p) sum[p] += x[i + p];
   }
 }
+constexpr auto block_sums = kernel<sums_of>;
 
-CLIPFAST_CLONES void block_squares(const float* x, int64_t count, int64_t P, const float* mean, float* squares) {
+CLIPFAST_INLINE void squares_of(const float* x, int64_t count, int64_t P, const float* mean, float* squares) {
   for (int64_t i = 0; i < count; i += P) {
     const int64_t n = std::min(P, count - i);
 #pragma omp simd
     for (int64_t p = 0; p < n; ++p) squares[p] += (x[i + p] - mean[p]) * (x[i + p] - mean[p]);
   }
 }
+constexpr auto block_squares = kernel<squares_of>;
 
 template <bool kResidual, bool kRelu>
 CLIPFAST_INLINE float normalised(float x, float scale, float shift, const float* residual) {
@@ -40,22 +42,17 @@ CLIPFAST_INLINE float normalised(float x, float scale, float shift, const float*
   return kRelu ? (y < 0.0f ? 0.0f : y) : y;  // NaN stays NaN
 }
 
-// The compiler clones a function, not a template's instances: one of these for each combination.
-#define CLIPFAST_NORMALISE(name, kResidual, kRelu)                                                                          \
-  CLIPFAST_CLONES void name(                                                                                                \
-      const float* x, const float* residual, const float* scale, const float* shift, float* y, int64_t count, int64_t P) {  \
-    for (int64_t i = 0; i < count; i += P) {                                                                                \
-      const int64_t n = std::min(P, count - i);                                                                             \
-      fetch(x + i + kAhead, n);                                                                                             \
-      if (kResidual) fetch(residual + i + kAhead, n);                                                                       \
-      _Pragma("omp simd") for (int64_t p = 0; p < n; ++p)                                                                   \
-        y[i + p] = normalised<kResidual, kRelu>(x[i + p], scale[p], shift[p], residual + i + p);                            \
-    }                                                                                                                       \
+template <bool kResidual, bool kRelu>
+CLIPFAST_INLINE void normalise(
+    const float* x, const float* residual, const float* scale, const float* shift, float* y, int64_t count, int64_t P) {
+  for (int64_t i = 0; i < count; i += P) {
+    const int64_t n = std::min(P, count - i);
+    fetch(x + i + kAhead, n);
+    if (kResidual) fetch(residual + i + kAhead, n);
+#pragma omp simd
+    for (int64_t p = 0; p < n; ++p) y[i + p] = normalised<kResidual, kRelu>(x[i + p], scale[p], shift[p], residual + i + p);
   }
-CLIPFAST_NORMALISE(normalise, false, false)
-CLIPFAST_NORMALISE(normalise_relu, false, true)
-CLIPFAST_NORMALISE(normalise_residual, true, false)
-CLIPFAST_NORMALISE(normalise_residual_relu, true, true)
+}
 
 // The gradient before the ReLU, g = dy where y > 0. Both passes make it from dy and y: kept between them it would be one tensor
 // more that the first pass writes, and the second would find less of the others in the cache.
@@ -64,43 +61,43 @@ CLIPFAST_INLINE float masked(float dy, float y) {
   return !kRelu || y > 0.0f ? dy : 0.0f;
 }
 
-// Runs the statements for the gradient g of every place i + p.
-#define CLIPFAST_EACH_GRADIENT(kRelu, statements)                                                                           \
-  for (int64_t i = 0; i < count; i += P) {                                                                                  \
-    const int64_t n = std::min(P, count - i);                                                                               \
-    fetch(dy + i + kAhead, n), fetch(x + i + kAhead, n);                                                                    \
-    if (kRelu) fetch(y + i + kAhead, n);                                                                                    \
-    _Pragma("omp simd") for (int64_t p = 0; p < n; ++p) {                                                                   \
-      const float g = masked<kRelu>(dy[i + p], y[i + p]);                                                                   \
-      statements                                                                                                            \
-    }                                                                                                                       \
-  }
-
 // Σ g and Σ g·(x - mean) per place of the pattern.
-#define CLIPFAST_GRADIENT_SUMS(name, kRelu)                                                                                 \
-  CLIPFAST_CLONES void name(                                                                                                \
-      const float* dy, const float* x, const float* y, const float* mean, float* sum, float* product, int64_t count,        \
-      int64_t P) {                                                                                                          \
-    CLIPFAST_EACH_GRADIENT(kRelu, sum[p] += g; product[p] += g * (x[i + p] - mean[p]);)                                     \
+template <bool kRelu>
+CLIPFAST_INLINE void gradient_sums(
+    const float* dy, const float* x, const float* y, const float* mean, float* sum, float* product, int64_t count, int64_t P) {
+  for (int64_t i = 0; i < count; i += P) {
+    const int64_t n = std::min(P, count - i);
+    fetch(dy + i + kAhead, n), fetch(x + i + kAhead, n);
+    if (kRelu) fetch(y + i + kAhead, n);
+#pragma omp simd
+    for (int64_t p = 0; p < n; ++p) {
+      const float g = masked<kRelu>(dy[i + p], y[i + p]);
+      sum[p] += g;
+      product[p] += g * (x[i + p] - mean[p]);
+    }
   }
-CLIPFAST_GRADIENT_SUMS(gradient_sums, false)
-CLIPFAST_GRADIENT_SUMS(gradient_sums_relu, true)
+}
 
 // dx = a·g + b·(x - mean) + c per channel, and the residual's gradient g
-#define CLIPFAST_INPUT_GRADIENT(name, kResidual, kRelu)                                                                     \
-  CLIPFAST_CLONES void name(                                                                                                \
-      const float* dy, const float* x, const float* y, const float* mean, const float* a, const float* b, const float* c,   \
-      float* dx, float* dresidual, int64_t count, int64_t P) {                                                              \
-    CLIPFAST_EACH_GRADIENT(kRelu, if (kResidual) dresidual[i + p] = g;                                                      \
-                           dx[i + p] = a[p] * g + b[p] * (x[i + p] - mean[p]) + c[p];)                                      \
+template <bool kResidual, bool kRelu>
+CLIPFAST_INLINE void input_gradient(
+    const float* dy, const float* x, const float* y, const float* mean, const float* a, const float* b, const float* c, float* dx,
+    float* dresidual, int64_t count, int64_t P) {
+  for (int64_t i = 0; i < count; i += P) {
+    const int64_t n = std::min(P, count - i);
+    fetch(dy + i + kAhead, n), fetch(x + i + kAhead, n);
+    if (kRelu) fetch(y + i + kAhead, n);
+#pragma omp simd
+    for (int64_t p = 0; p < n; ++p) {
+      const float g = masked<kRelu>(dy[i + p], y[i + p]);
+      if (kResidual) dresidual[i + p] = g;
+      dx[i + p] = a[p] * g + b[p] * (x[i + p] - mean[p]) + c[p];
+    }
   }
-CLIPFAST_INPUT_GRADIENT(input_gradient, false, false)
-CLIPFAST_INPUT_GRADIENT(input_gradient_relu, false, true)
-CLIPFAST_INPUT_GRADIENT(input_gradient_residual, true, false)
-CLIPFAST_INPUT_GRADIENT(input_gradient_residual_relu, true, true)
+}
 
 // Adds a block's means and squared deviations to those of all blocks before it; the factors are the same for every channel.
-CLIPFAST_CLONES void merge(
+CLIPFAST_INLINE void merged(
     const float* mean, const float* squares, double share, double weight_of_gap, double* centre, double* total, int64_t C) {
   for (int64_t c = 0; c < C; ++c) {
     const double gap = mean[c] - centre[c];
@@ -108,12 +105,14 @@ CLIPFAST_CLONES void merge(
     total[c] += squares[c] + gap * gap * weight_of_gap;
   }
 }
+constexpr auto merge = kernel<merged>;
 
 // total[c] += part[c]
-CLIPFAST_CLONES void add(const float* part, double* total, int64_t C) {
+CLIPFAST_INLINE void added(const float* part, double* total, int64_t C) {
 #pragma omp simd
   for (int64_t c = 0; c < C; ++c) total[c] += part[c];
 }
+constexpr auto add = kernel<added>;
 
 struct Pattern {  // how [rows, C] is cut into blocks of whole patterns of P floats
   int64_t C, rows, P, block, blocks;
@@ -185,7 +184,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     shift[c] = static_cast<float>(floats(bias)[c] - centre[c] * r * w);
   }
   const auto scales = s.repeated(scale.data()), shifts = s.repeated(shift.data());
-  const auto run = residual ? (relu ? normalise_residual_relu : normalise_residual) : (relu ? normalise_relu : normalise);
+  const auto run = residual ? (relu ? kernel<normalise<true, true>> : kernel<normalise<true, false>>)
+                            : (relu ? kernel<normalise<false, true>> : kernel<normalise<false, false>>);
   float* yp = mutable_floats(y);
   each_block_back(s, [&](int64_t b) {
     const int64_t at = b * s.block;
@@ -205,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const float *dyp = floats(dy), *xp = floats(x), *yp = y ? floats(*y) : dyp;
   const auto means = s.repeated(floats(mean));
   std::vector<float> sums(s.blocks * s.C), products(s.blocks * s.C);
-  const auto sum_up = y ? gradient_sums_relu : gradient_sums;
+  const auto sum_up = y ? kernel<gradient_sums<true>> : kernel<gradient_sums<false>>;
   each_block(s, [&](int64_t b) {
     std::vector<float> sum(s.P, 0.0f), product(s.P, 0.0f);
     const int64_t at = b * s.block;
@@ -229,8 +229,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     c_[c] = static_cast<float>(-w * r * sum / n);
   }
   const auto as = s.repeated(a.data()), bs = s.repeated(b_.data()), cs = s.repeated(c_.data());
-  const auto run = residual ? (y ? input_gradient_residual_relu : input_gradient_residual)
-                            : (y ? input_gradient_relu : input_gradient);
+  const auto run = residual ? (y ? kernel<input_gradient<true, true>> : kernel<input_gradient<true, false>>)
+                            : (y ? kernel<input_gradient<false, true>> : kernel<input_gradient<false, false>>);
   each_block_back(s, [&](int64_t b) {
     const int64_t at = b * s.block;
     run(

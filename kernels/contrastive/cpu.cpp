@@ -11,7 +11,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 CLIPFAST_INLINE float larger(float a, float b) { return a > b ? a : b; }
 
 // The maxima and sums of exp(s - maximum) of two sets, for `count` rows or columns, into those of both.
-CLIPFAST_CLONES void merge(float* most, float* sum, const float* other_most, const float* other_sum, int64_t count) {
+CLIPFAST_INLINE void merged(float* most, float* sum, const float* other_most, const float* other_sum, int64_t count) {
 #pragma omp simd
   for (int64_t l = 0; l < count; ++l) {
     const float top = larger(most[l], other_most[l]);
@@ -19,10 +19,11 @@ CLIPFAST_CLONES void merge(float* most, float* sum, const float* other_most, con
     most[l] = top;
   }
 }
+constexpr auto merge = kernel<merged>;
 
 // Maximum and Σ exp(s - maximum) of every row and column of a cell. A NaN is passed over by the maxima and comes out of the sums.
 // An exponential each for rows and columns: one for both would save nothing at D = 512, 5 % at D = 64, and lose digits.
-CLIPFAST_CLONES void statistics(const Cell& cell, float* row_max, float* row_sum, float* col_max, float* col_sum) {
+CLIPFAST_INLINE void statistics_of(const Cell& cell, float* row_max, float* row_sum, float* col_max, float* col_sum) {
   float lanes[kChunk][kPanel], most[kPanel], sum[kPanel];
   std::fill_n(lanes[0], cell.rows * kPanel, -kInfinity);
   for (int64_t c = 0; c < cell.columns; c += kPanel) {
@@ -63,13 +64,14 @@ CLIPFAST_CLONES void statistics(const Cell& cell, float* row_max, float* row_sum
     row_sum[i] = total;
   }
 }
+constexpr auto statistics = kernel<statistics_of>;
 
 struct Side {  // of the rows or of the columns of S
   const float *lse, *grad;
 };
 
 // s -> row.grad_i·exp(s - row.lse_i) + column.grad_j·exp(s - column.lse_j), in place.
-CLIPFAST_CLONES void gradient(const Cell& cell, Side row, Side column) {
+CLIPFAST_INLINE void gradient_of(const Cell& cell, Side row, Side column) {
   float lse[kPanel], grad[kPanel];
   for (int64_t c = 0; c < cell.columns; c += kPanel) {
     const int64_t width = std::min(kPanel, cell.columns - c);
@@ -82,6 +84,7 @@ CLIPFAST_CLONES void gradient(const Cell& cell, Side row, Side column) {
         s[l] = row.grad[i] * exp_to_88(s[l] - row.lse[i]) + grad[l] * exp_to_88(s[l] - lse[l]);
   }
 }
+constexpr auto gradient = kernel<gradient_of>;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& image_, const Tensor& text_, const Tensor& scale, int64_t offset) {

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.kernels import dispatch
+from clipfast.kernels import dispatch, processor
 from clipfast.kernels.convolution.spec import layout
 from clipfast.kernels.op import Op, transformable
 
@@ -15,7 +15,6 @@ _BACKWARD = "(Tensor dy, Tensor x, Tensor weight, int stride, bool need_x, bool 
 # Measured on an EPYC of Zen 5 against oneDNN, at the sizes of the demo and of RN50, forward and backward: 1.0 to 1.8 x as fast
 # up to here, 0.3 to 1.1 x beyond (bench/test_kernels.py, "convolution").
 MOST = 1 << 15
-AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 @transformable
@@ -57,7 +56,7 @@ def _supports_cpu(*args: object) -> str | None:
     stride = next(a for a in args if isinstance(a, int))
     if any(not t.is_cpu or t.dtype != torch.float32 for t in (*images, weight)):
         return "expected float32 tensors on the CPU"
-    if not (AVX512 or dispatch.forced()):
+    if processor.NAME != "avx512" and not dispatch.forced():
         return "oneDNN is as fast on a processor without AVX-512"
     O, I, size, _ = weight.shape
     if size == 1 and (O % 16 or I % 16 or stride > 1):

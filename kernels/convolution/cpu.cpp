@@ -2,7 +2,7 @@
 //
 // The sums of a tile of places × channels stay in registers while every value of their patches meets its weights. oneDNN gives
 // the lanes of a register to the channels of one place, so that 8 channels leave half of them empty; here a register then holds a
-// group of G = 16 / O neighbouring places. Their patches overlap: they are one patch, a little wider, whose weights are zero
+// group of G = 16 / O neighbouring places (of AVX2 or NEON 8 / O). Their patches overlap: they are one patch, a little wider, whose weights are zero
 // where a place does not look. 3 × 3 reads an image from a frame of zeros in L1, in which the rows of a patch are runs of memory.
 #include "vec.h"
 
@@ -13,24 +13,23 @@
 namespace clipfast {
 namespace {
 
-constexpr int64_t kLanes = 16, kBlock = 2 * kLanes;  // of a register, and of the result in a tile
+int64_t unit() { return wide ? 16 : 8; }  // floats that groups fill; two units are a block, the result's part in a tile
 constexpr int64_t kBand = 6144;                      // floats of a band of rows in its frame, 24 KB: half of L1
 constexpr int64_t kChunk = 96;                       // places of a 1 × 1 convolution at a time
 constexpr int64_t kDeep = 8;                         // rows of a weight's gradient that are summed at a time, or twice as many
 // Tasks of a weight's gradient, each with sums of its own that are added up in their order; fewer, down to 8, where all of them
 // would be more than so many floats, 1 MB.
 constexpr int64_t kTasks = 32, kSums = 1 << 18;
-using Floats = Vector<kLanes>::Floats;
 
 struct Geometry {
   int64_t B, H, W, I, O, size, stride, h, w;  // images [B, H, W, I] -> [B, h, w, O], weights size × size
-  int64_t G, lanes;                           // places of a group, floats of its result
+  int64_t block, G, lanes;                    // of a tile; places of a group, floats of its result
   int64_t groups, step, run, deep, width, band, bands;
   bool whole;  // whether groups fill their registers, and rows of the result their groups: memory then holds one after the other
 
   Geometry(int64_t B, int64_t H, int64_t W, int64_t I, int64_t O, int64_t size, int64_t stride)
       : B(B), H(H), W(W), I(I), O(O), size(size), stride(stride), h((H - 1) / stride + 1), w((W - 1) / stride + 1) {
-    G = std::max<int64_t>(1, kLanes / O), lanes = ceil_div(G * O, kLanes) * kLanes;
+    block = 2 * unit(), G = std::max<int64_t>(1, unit() / O), lanes = ceil_div(G * O, unit()) * unit();
     groups = ceil_div(w, G), whole = groups * lanes == w * O;
     step = stride * G * I;                // floats from a group's patch to the next
     run = (stride * (G - 1) + size) * I;  // of a row of a patch
@@ -47,11 +46,11 @@ struct Geometry {
 template <class F>
 void each_run(const Geometry& s, float* packed, int64_t depth, const F& f) {
   for (int64_t g = 0; g < s.G; ++g)
-    for (int64_t o = 0; o < s.O; o += kBlock)
+    for (int64_t o = 0; o < s.O; o += s.block)
       for (int64_t ky = 0; ky < s.size; ++ky)
         for (int64_t kx = 0; kx < s.size; ++kx) {
-          const int64_t next = std::min(kBlock, s.lanes - o), k = ky * depth + (g * s.stride + kx) * s.I;
-          f(packed + o * s.size * depth + k * next + g * s.O, next, o, ky * s.size + kx, std::min(kBlock, s.O - o));
+          const int64_t next = std::min(s.block, s.lanes - o), k = ky * depth + (g * s.stride + kx) * s.I;
+          f(packed + o * s.size * depth + k * next + g * s.O, next, o, ky * s.size + kx, std::min(s.block, s.O - o));
         }
 }
 
@@ -90,83 +89,96 @@ void framed(const Geometry& s, const float* x, int64_t apart, int64_t first, int
 }
 
 // M groups beside one another, V registers of each: `size` runs of x, `pitch` floats apart.
-template <int M, int V>
+template <int w, int M, int V>
 CLIPFAST_INLINE void tile(
     const float* x, int64_t pitch, int64_t size, int64_t step, int64_t run, const float* weights, float* y, int64_t lanes) {
-  Floats sum[M][V] = {};
+  typename Vector<w>::Floats sum[M][V] = {};
   for (int64_t ky = 0; ky < size; ++ky, x += pitch) {
     // Three pointers and three distances: the compiler would keep twelve distances, and not all of them in registers.
     const float *from[] = {x, x + 4 * step, x + 8 * step};
     asm("" : "+r"(from[1]), "+r"(from[2]));
-    for (int64_t k = 0; k < run; ++k, weights += V * kLanes)
+    for (int64_t k = 0; k < run; ++k, weights += V * w)
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) sum[m][v] += from[m / 4][m % 4 * step + k] * at<kLanes>(weights + v * kLanes);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[m][v] += from[m / 4][m % 4 * step + k] * at<w>(weights + v * w);
   }
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) at<kLanes>(y + m * lanes + v * kLanes) = sum[m][v];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) at<w>(y + m * lanes + v * w) = sum[m][v];
 }
 
-template <int V>
+template <int w, int M, int V>
 CLIPFAST_INLINE void tiles(
     const float* x, int64_t pitch, int64_t size, int64_t step, int64_t run, const float* weights, float* y, int64_t lanes,
     int64_t groups) {
   int64_t q = 0;
-  for (; q + 12 <= groups; q += 12) tile<12, V>(x + q * step, pitch, size, step, run, weights, y + q * lanes, lanes);
-  for (; q + 4 <= groups; q += 4) tile<4, V>(x + q * step, pitch, size, step, run, weights, y + q * lanes, lanes);
-  for (; q < groups; ++q) tile<1, V>(x + q * step, pitch, size, step, run, weights, y + q * lanes, lanes);
+  for (; q + M <= groups; q += M) tile<w, M, V>(x + q * step, pitch, size, step, run, weights, y + q * lanes, lanes);
+  for (; q + 4 <= groups; q += 4) tile<w, 4, V>(x + q * step, pitch, size, step, run, weights, y + q * lanes, lanes);
+  for (; q < groups; ++q) tile<w, 1, V>(x + q * step, pitch, size, step, run, weights, y + q * lanes, lanes);
 }
 
-// y[groups, lanes] of groups beside one another.
-CLIPFAST_CLONES void row(
+template <int w, int M, int V>
+CLIPFAST_INLINE void row_of(
     const float* x, int64_t pitch, int64_t size, int64_t step, int64_t run, const float* weights, float* y, int64_t lanes,
     int64_t groups) {
+  constexpr int64_t block = V * w;
   int64_t j = 0;
-  for (; j + kBlock <= lanes; j += kBlock) tiles<2>(x, pitch, size, step, run, weights + j * size * run, y + j, lanes, groups);
-  if (j < lanes) tiles<1>(x, pitch, size, step, run, weights + j * size * run, y + j, lanes, groups);
+  for (; j + block <= lanes; j += block)
+    tiles<w, M, V>(x, pitch, size, step, run, weights + j * size * run, y + j, lanes, groups);
+  if (j < lanes) tiles<w, M, V / 2>(x, pitch, size, step, run, weights + j * size * run, y + j, lanes, groups);
 }
 
+// y[groups, lanes] of groups beside one another. A tile's sums, its weights and a value of x are all in registers: 12 × 2 and in
+// NEON 6 × 4 sums of 32, 6 × 2 in AVX2's 16.
+constexpr int kBeside = 16 / kNarrowFloats;
+constexpr auto row = kernel<row_of<kWideFloats, 12, 2>, row_of<kNarrowFloats, 6, kBeside>>;
+
 // sums[d][lane] += Σ x[place + d]·dy[place][lane] over rows of groups, for d < D and V registers.
-template <int D, int V>
+template <int w, int D, int V>
 CLIPFAST_INLINE void weight_tile(
     const float* x, int64_t pitch, int64_t step, const float* dy, int64_t lanes, int64_t rows, int64_t groups, float* sums) {
+  using Floats = typename Vector<w>::Floats;
   Floats sum[D][V] = {};  // short sums first: the more exact ones
   for (int64_t r = 0; r < rows; ++r, x += pitch) {
     const float* from = x;
     for (int64_t q = 0; q < groups; ++q, from += step, dy += lanes)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        const Floats g = at<kLanes>(dy + v * kLanes);
+        const Floats g = at<w>(dy + v * w);
 #pragma GCC unroll 16
         for (int d = 0; d < D; ++d) sum[d][v] += from[d] * g;
       }
   }
 #pragma GCC unroll 16
   for (int d = 0; d < D; ++d)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) at<kLanes>(sums + (d * V + v) * kLanes) += sum[d][v];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) at<w>(sums + (d * V + v) * w) += sum[d][v];
+}
+
+// V registers of a block and D rows of the sums at a time; of half a block twice the rows, where there are as many left.
+template <int w, int D, int V>
+CLIPFAST_INLINE void weight_sums_of(
+    const float* x, int64_t below, int64_t pitch, int64_t size, int64_t step, int64_t deep, const float* dy, int64_t lanes,
+    int64_t rows, int64_t groups, float* sums) {
+  constexpr int64_t block = V * w;
+  for (int64_t j = 0; j < lanes; j += block, dy += block)
+    for (int64_t ky = 0; ky < size; ++ky)
+      for (int64_t k = 0; k < deep;) {
+        const float* from = x + ky * below + k;
+        if (lanes - j >= block)
+          weight_tile<w, D, V>(from, pitch, step, dy, lanes, rows, groups, sums), sums += D * block, k += D;
+        else if (deep - k >= 2 * D)
+          weight_tile<w, 2 * D, V / 2>(from, pitch, step, dy, lanes, rows, groups, sums), sums += D * block, k += 2 * D;
+        else
+          weight_tile<w, D, V / 2>(from, pitch, step, dy, lanes, rows, groups, sums), sums += D * block / 2, k += D;
+      }
 }
 
 // All of a weight's gradient, [block of lanes][ky][deep][lane], from `rows` rows of groups. Row ky of the weights sees x `below`
 // floats further on.
-CLIPFAST_CLONES void weight_sums(
-    const float* x, int64_t below, int64_t pitch, int64_t size, int64_t step, int64_t deep, const float* dy, int64_t lanes,
-    int64_t rows, int64_t groups, float* sums) {
-  for (int64_t j = 0; j < lanes; j += kBlock, dy += kBlock)
-    for (int64_t ky = 0; ky < size; ++ky)
-      for (int64_t k = 0; k < deep;) {
-        const float* from = x + ky * below + k;
-        if (lanes - j >= kBlock)
-          weight_tile<8, 2>(from, pitch, step, dy, lanes, rows, groups, sums), sums += 8 * kBlock, k += 8;
-        else if (deep - k >= 16)
-          weight_tile<16, 1>(from, pitch, step, dy, lanes, rows, groups, sums), sums += 16 * kLanes, k += 16;
-        else
-          weight_tile<8, 1>(from, pitch, step, dy, lanes, rows, groups, sums), sums += 8 * kLanes, k += 8;
-      }
-}
+constexpr auto weight_sums = kernel<weight_sums_of<kWideFloats, 8, 2>, weight_sums_of<kNarrowFloats, 4, kBeside>>;
 
 // Asks L2 for what comes next, while what is there keeps the arithmetic busy.
 CLIPFAST_INLINE void ahead(const float* p, int64_t n) {

@@ -13,7 +13,7 @@ constexpr int64_t kRows = 16;  // rows of one task: 16 × 768 floats of four ten
 constexpr int64_t kGroups = 64;  // at most, of rows with a partial sum of their own: 64 × 2 × 768 floats are 400 KB
 
 // x, residual (may be null), y, s (null where residual is): [rows, C]; weight, bias: [C]; mean, rstd: [rows]
-CLIPFAST_CLONES void forward_rows(
+CLIPFAST_INLINE void forward_of(
     const float* x, const float* residual, const float* weight, const float* bias, float* y, float* s, float* mean, float* rstd,
     int64_t rows, int64_t C, float eps) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -45,9 +45,10 @@ CLIPFAST_CLONES void forward_rows(
     rstd[r] = scale;
   }
 }
+constexpr auto forward_rows = kernel<forward_of>;
 
 // dy, ds (may be null), s, dx: [rows, C]; dweight, dbias: [C], added to
-CLIPFAST_CLONES void backward_rows(
+CLIPFAST_INLINE void backward_of(
     const float* dy, const float* ds, const float* s, const float* weight, const float* mean, const float* rstd, float* dx,
     float* dweight, float* dbias, int64_t rows, int64_t C) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -74,6 +75,7 @@ CLIPFAST_CLONES void backward_rows(
     }
   }
 }
+constexpr auto backward_rows = kernel<backward_of>;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x_, const std::optional<Tensor>& residual_, const Tensor& weight_, const Tensor& bias_, double eps) {

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.kernels import dispatch
+from clipfast.kernels import dispatch, processor
 from clipfast.kernels.linear import spec
 
 # On AMD, MKL (what torch multiplies fp32 matrices with) takes its AVX2 path, oneDNN its AVX-512 path: 117 and 250 GFLOP/s a
@@ -26,8 +26,8 @@ def _lacks() -> str | None:
     """Why this machine's product is F.linear's, so that oneDNN runs on request alone; or None."""
     if not torch.backends.mkl.is_available():
         return "this torch multiplies without MKL, whose AVX2 path on AMD it would replace"
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        return f"F.linear is as fast on a processor without AVX-512, got {torch.backends.cpu.get_cpu_capability()}"
+    if processor.NAME != "avx512":
+        return f"F.linear is as fast on a processor without AVX-512, got {processor.NAME}"
     vendor, family = _processor()
     if vendor != "AuthenticAMD" or family < _FIRST_FAMILY:
         return f"F.linear is as fast but on AMD from family {_FIRST_FAMILY} (Zen 5) on, got {vendor}, family {family}"

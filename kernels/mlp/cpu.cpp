@@ -10,16 +10,17 @@ namespace {
 CLIPFAST_INLINE float gate(float x) { return 1.0f / (1.0f + exp_fp32(-1.702f * x)); }
 
 // h, y: [rows, F]; bias: [F]
-CLIPFAST_CLONES void forward_rows(const float* h, const float* bias, float* y, int64_t rows, int64_t F) {
+CLIPFAST_INLINE void forward_of(const float* h, const float* bias, float* y, int64_t rows, int64_t F) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t f = 0; f < F; ++f) {
       const float x = h[r * F + f] + bias[f];
       y[r * F + f] = x * gate(x);
     }
 }
+constexpr auto forward_rows = kernel<forward_of>;
 
 // dy, h, dh: [rows, F]; bias, dbias: [F], dbias added to
-CLIPFAST_CLONES void backward_rows(
+CLIPFAST_INLINE void backward_of(
     const float* dy, const float* h, const float* bias, float* dh, float* dbias, int64_t rows, int64_t F) {
   for (int64_t r = 0; r < rows; ++r)
 #pragma omp simd
@@ -31,6 +32,7 @@ CLIPFAST_CLONES void backward_rows(
       dbias[f] += d;
     }
 }
+constexpr auto backward_rows = kernel<backward_of>;
 
 constexpr int64_t kRows = 32;  // rows of one task: 32 × 3072 floats of three tensors are 1.2 MB, within L2
 

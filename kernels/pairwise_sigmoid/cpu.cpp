@@ -23,7 +23,7 @@ CLIPFAST_INLINE Logistic logistic(float l) {
 }
 
 // s -> sigmoid(s + bias) in place, and for every row the sums of softplus and sigmoid, added to those of the cells before.
-CLIPFAST_CLONES void transform(const Cell& cell, float bias, float* loss, float* bias_grad) {
+CLIPFAST_INLINE void transformed(const Cell& cell, float bias, float* loss, float* bias_grad) {
   for (int64_t i = 0; i < cell.rows; ++i) {
     float softplus[kPanel] = {}, sigmoid[kPanel] = {};
     for (int64_t c = 0; c < cell.columns; c += kPanel) {
@@ -46,6 +46,7 @@ CLIPFAST_CLONES void transform(const Cell& cell, float bias, float* loss, float*
     bias_grad[i] += b;
   }
 }
+constexpr auto transform = kernel<transformed>;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& image_, const Tensor& text_, const Tensor& scale, const Tensor& bias_, int64_t offset, bool want_image,

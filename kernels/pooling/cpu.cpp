@@ -11,69 +11,69 @@
 namespace clipfast {
 namespace {
 
-constexpr int64_t kLanes = 16;  // one AVX-512 register; the compiler makes two or four of it on lesser machines
-using Vector = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-
-CLIPFAST_INLINE Vector& at(float* p) { return *reinterpret_cast<Vector*>(p); }
-CLIPFAST_INLINE const Vector& at(const float* p) { return *reinterpret_cast<const Vector*>(p); }
-
-// With 32 vector registers of 16 floats a tile of 4 × 4 vectors stays in registers; with 16 of 8 floats, one of 2 × 2.
-const bool kWide = __builtin_cpu_supports("avx512f");
-
 struct Rows {  // row r at p + r·stride, its elements side by side
   const float* p;
   int64_t stride;
 };
 
 // The sum of the lanes, in halves: an order that vectorises.
-CLIPFAST_INLINE float sum(const Vector& v) {
-  float s[kLanes / 2];
-  for (int l = 0; l < 8; ++l) s[l] = v[l] + v[l + 8];
-  for (int l = 0; l < 4; ++l) s[l] += s[l + 4];
-  return (s[0] + s[2]) + (s[1] + s[3]);
+template <int w>
+CLIPFAST_INLINE float sum(const typename Vector<w>::Floats& v) {
+  float s[w];
+  for (int l = 0; l < w; ++l) s[l] = v[l];
+#pragma GCC unroll 4
+  for (int half = w / 2; half; half /= 2)
+    for (int l = 0; l < half; ++l) s[l] += s[l + half];
+  return s[0];
 }
 
 // out[j·ldo + i] = x_i · w_j for i < m, j < n.
-template <int m, int n>
-CLIPFAST_INLINE void dots_tile(Rows x, Rows w, int64_t C, float* out, int64_t ldo) {
-  Vector s[m][n] = {};
-  for (int64_t c = 0; c < C; c += kLanes) {
-    Vector b[n];
+template <int w, int m, int n>
+CLIPFAST_INLINE void dots_tile(Rows x, Rows weights, int64_t C, float* out, int64_t ldo) {
+  using Floats = typename Vector<w>::Floats;
+  Floats s[m][n] = {};
+  for (int64_t c = 0; c < C; c += w) {
+    Floats b[n];
 #pragma GCC unroll 4
-    for (int j = 0; j < n; ++j) b[j] = at(w.p + j * w.stride + c);
+    for (int j = 0; j < n; ++j) b[j] = at<w>(weights.p + j * weights.stride + c);
 #pragma GCC unroll 4
     for (int i = 0; i < m; ++i) {
-      const Vector a = at(x.p + i * x.stride + c);
+      const Floats a = at<w>(x.p + i * x.stride + c);
 #pragma GCC unroll 4
       for (int j = 0; j < n; ++j) s[i][j] += a * b[j];
     }
   }
   for (int i = 0; i < m; ++i)
-    for (int j = 0; j < n; ++j) out[j * ldo + i] = sum(s[i][j]);
+    for (int j = 0; j < n; ++j) out[j * ldo + i] = sum<w>(s[i][j]);
 }
 
-template <int n>
-CLIPFAST_INLINE void dots_column(Rows x, int64_t L, Rows w, int64_t C, float* out, int64_t ldo) {
+template <int w, int n>
+CLIPFAST_INLINE void dots_column(Rows x, int64_t L, Rows weights, int64_t C, float* out, int64_t ldo) {
   int64_t i = 0;
-  for (; i + 4 <= L; i += 4) dots_tile<4, n>({x.p + i * x.stride, x.stride}, w, C, out + i, ldo);
-  for (; i < L; ++i) dots_tile<1, n>({x.p + i * x.stride, x.stride}, w, C, out + i, ldo);
+  for (; i + 4 <= L; i += 4) dots_tile<w, 4, n>({x.p + i * x.stride, x.stride}, weights, C, out + i, ldo);
+  for (; i < L; ++i) dots_tile<w, 1, n>({x.p + i * x.stride, x.stride}, weights, C, out + i, ldo);
 }
 
-// out[H, L]: out[h·L + l] = x_l · w_h.
-CLIPFAST_CLONES void dots(Rows x, int64_t L, Rows w, int64_t H, int64_t C, float* out) {
-  const int64_t most = kWide ? 4 : 2;
+template <int w, int most>
+CLIPFAST_INLINE void dots_of(Rows x, int64_t L, Rows weights, int64_t H, int64_t C, float* out) {
   for (int64_t h = 0; h < H;) {
-    const int64_t n = std::min(most, H - h);
-    const Rows from{w.p + h * w.stride, w.stride};
+    const int64_t n = std::min<int64_t>(most, H - h);
+    const Rows from{weights.p + h * weights.stride, weights.stride};
     switch (n) {
-      case 1: dots_column<1>(x, L, from, C, out + h * L, L); break;
-      case 2: dots_column<2>(x, L, from, C, out + h * L, L); break;
-      case 3: dots_column<3>(x, L, from, C, out + h * L, L); break;
-      default: dots_column<4>(x, L, from, C, out + h * L, L);
+      case 1: dots_column<w, 1>(x, L, from, C, out + h * L, L); break;
+      case 2: dots_column<w, 2>(x, L, from, C, out + h * L, L); break;
+      case 3: dots_column<w, 3>(x, L, from, C, out + h * L, L); break;
+      default: dots_column<w, most>(x, L, from, C, out + h * L, L);
     }
     h += n;
   }
 }
+
+// Sums beside one another for four rows: of 32 registers 4 × 4 are sums, of AVX2's 16 they are 4 × 3.
+constexpr int kBeside = kNarrowRegisters == 16 ? 3 : 4;
+
+// out[H, L]: out[h·L + l] = x_l · w_h.
+constexpr auto dots = kernel<dots_of<kWideFloats, 4>, dots_of<kNarrowFloats, kBeside>>;
 
 struct Term {  // Σ_d weight(r, d) · rows_d, with weight (r, d) at p[r·row + d·column]
   const float* p;
@@ -82,45 +82,48 @@ struct Term {  // Σ_d weight(r, d) · rows_d, with weight (r, d) at p[r·row + 
   int64_t depth;
 };
 
-template <int m, int n>
+template <int w, int m, int n>
 CLIPFAST_INLINE void combine_tile(const Term* terms, int count, int64_t r, int64_t c, float* out, int64_t ldo) {
-  Vector s[m][n] = {};
+  using Floats = typename Vector<w>::Floats;
+  Floats s[m][n] = {};
   for (int t = 0; t < count; ++t) {
     const Term& term = terms[t];
     const float *a = term.p + r * term.row, *b = term.rows.p + c;
     for (int64_t d = 0; d < term.depth; ++d, a += term.column, b += term.rows.stride)
 #pragma GCC unroll 4
       for (int j = 0; j < n; ++j) {
-        const Vector v = at(b + j * kLanes);
+        const Floats v = at<w>(b + j * w);
 #pragma GCC unroll 4
         for (int i = 0; i < m; ++i) s[i][j] += a[i * term.row] * v;
       }
   }
   for (int i = 0; i < m; ++i)
-    for (int j = 0; j < n; ++j) at(out + (r + i) * ldo + c + j * kLanes) = s[i][j];
+    for (int j = 0; j < n; ++j) at<w>(out + (r + i) * ldo + c + j * w) = s[i][j];
 }
 
-template <int n>
+template <int w, int n>
 CLIPFAST_INLINE void combine_columns(const Term* terms, int count, int64_t R, int64_t c, float* out, int64_t ldo) {
   int64_t r = 0;
-  for (; r + 4 <= R; r += 4) combine_tile<4, n>(terms, count, r, c, out, ldo);
+  for (; r + 4 <= R; r += 4) combine_tile<w, 4, n>(terms, count, r, c, out, ldo);
   switch (R - r) {
-    case 3: combine_tile<3, n>(terms, count, r, c, out, ldo); break;
-    case 2: combine_tile<2, n>(terms, count, r, c, out, ldo); break;
-    case 1: combine_tile<1, n>(terms, count, r, c, out, ldo); break;
+    case 3: combine_tile<w, 3, n>(terms, count, r, c, out, ldo); break;
+    case 2: combine_tile<w, 2, n>(terms, count, r, c, out, ldo); break;
+    case 1: combine_tile<w, 1, n>(terms, count, r, c, out, ldo); break;
   }
 }
 
-// out[R, C] = the sum of the terms.
-CLIPFAST_CLONES void combine(const Term* terms, int count, int64_t R, int64_t C, float* out, int64_t ldo) {
+template <int w, int n>
+CLIPFAST_INLINE void combine_of(const Term* terms, int count, int64_t R, int64_t C, float* out, int64_t ldo) {
   int64_t c = 0;
-  if (kWide)
-    for (; c + 4 * kLanes <= C; c += 4 * kLanes) combine_columns<4>(terms, count, R, c, out, ldo);
-  for (; c < C; c += kLanes) combine_columns<1>(terms, count, R, c, out, ldo);
+  for (; c + n * w <= C; c += n * w) combine_columns<w, n>(terms, count, R, c, out, ldo);
+  for (; c < C; c += w) combine_columns<w, 1>(terms, count, R, c, out, ldo);
 }
 
+// out[R, C] = the sum of the terms.
+constexpr auto combine = kernel<combine_of<kWideFloats, 4>, combine_of<kNarrowFloats, kBeside>>;
+
 // Scores S[H, L] -> S - top and top where lse is asked; then exp in one run over all heads.
-CLIPFAST_CLONES void softmax(float* S, int64_t H, int64_t L, float* lse) {
+CLIPFAST_INLINE void softmax_of(float* S, int64_t H, int64_t L, float* lse) {
   for (int64_t h = 0; h < H; ++h) {
     float top = -INFINITY;
     for (int64_t l = 0; l < L; ++l) top = S[h * L + l] > top ? S[h * L + l] : top;  // a NaN passes and comes out of exp
@@ -137,9 +140,10 @@ CLIPFAST_CLONES void softmax(float* S, int64_t H, int64_t L, float* lse) {
     lse[h] += std::log(total);
   }
 }
+constexpr auto softmax = kernel<softmax_of>;
 
 // Scores S[H, L] -> P, and dP[H, L] -> dS = P·(dP − ⟨P, dP⟩).
-CLIPFAST_CLONES void softmax_backward(float* S, float* dP, int64_t H, int64_t L, const float* lse) {
+CLIPFAST_INLINE void softmax_backward_of(float* S, float* dP, int64_t H, int64_t L, const float* lse) {
   for (int64_t h = 0; h < H; ++h)
     for (int64_t l = 0; l < L; ++l) S[h * L + l] -= lse[h];
   for (int64_t i = 0; i < H * L; ++i) S[i] = exp_fp32(S[i]);
@@ -150,6 +154,7 @@ CLIPFAST_CLONES void softmax_backward(float* S, float* dP, int64_t H, int64_t L,
     for (int64_t l = 0; l < L; ++l) dP[h * L + l] = S[h * L + l] * (dP[h * L + l] - dot);
   }
 }
+constexpr auto softmax_backward = kernel<softmax_backward_of>;
 
 // Where the sequences lie in x: [B, L, C], or [T, C] with cu_seqlens.
 struct Layout {

@@ -1,0 +1,50 @@
+"""The instruction set of the CPU that this process computes with; the one place that reads ``CLIPFAST_CPU``."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+# What holds torch, oneDNN and MKL to a set, by the environment that they read when they first compute.
+_TELLS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+SETS = {
+    "avx512": ("avx512", "AVX512_CORE_FP16", "AVX512"),
+    "avx2": ("avx2", "AVX2", "AVX2"),
+    "neon": ("default", "ADVANCED_SIMD", ""),
+    "none": ("default", "SSE41", "SSE4_2"),  # torch alone: none of our kernels is written for it
+}
+_SAID = {"avx512": "AVX512", "avx2": "AVX2"}  # by torch; it has several names for the others
+
+
+def _machines() -> list[str]:
+    """What this machine has, the best first."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return ["neon", "none"]
+    has = {"avx512": torch.cpu._is_avx512_supported(), "avx2": torch.cpu._is_avx2_supported(), "none": True}
+    return [name for name, there in has.items() if there]
+
+
+def _chosen(asked: str | None) -> str:
+    """The machine's best, or the set that is asked for, to which torch and its libraries are held."""
+    has = _machines()
+    if not asked:
+        return has[0]
+    if asked not in SETS:
+        raise ValueError(f"CLIPFAST_CPU: expected one of {', '.join(SETS)}, got {asked!r}")
+    if asked not in has:
+        raise ValueError(f"CLIPFAST_CPU: expected one of {', '.join(has)}, which this machine has, got {asked!r}")
+    tells = {name: value for name, value in zip(_TELLS, SETS[asked], strict=True) if value}
+    os.environ.update(tells)
+    said = torch.backends.cpu.get_cpu_capability()
+    if said.startswith("AVX") and said != _SAID.get(asked):
+        first = " ".join(f"{name}={value}" for name, value in tells.items())
+        raise RuntimeError(
+            f"CLIPFAST_CPU={asked}: torch computes with {said} already; import clipfast before torch computes, or set {first} too"
+        )
+    return asked
+
+
+HELD = os.environ.get("CLIPFAST_CPU") or None
+NAME = _chosen(HELD)

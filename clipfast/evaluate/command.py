@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 
 from clipfast.data import DataConfig
-from clipfast.evaluate.bias import bias, labelled
-from clipfast.evaluate.datasets import EvalSet, class_weights, lines, read_text
+from clipfast.evaluate.datasets import EvalSet, lines, read_text
 from clipfast.evaluate.features import unprojected
-from clipfast.evaluate.figures import page
-from clipfast.evaluate.overlap import nearest, overlaps
+from clipfast.evaluate.figures import page, shares_plot
 from clipfast.evaluate.probe import README_PENALTY, Head
 from clipfast.evaluate.robustness import robustness
 from clipfast.evaluate.suite import Suite, identity, run_suite, table
 from clipfast.evaluate.tasks import Bench
-from clipfast.files import output_folder, read_parsed, replacing
+from clipfast.files import output_folder, replacing
 from clipfast.inputs import Preprocess, read_image
 from clipfast.model import CLIP
 from clipfast.train.job import ALONE, Job
@@ -41,6 +38,7 @@ class Measure:
     calibration: Annotated[bool, "also the expected calibration error"] = False
     confusion: Annotated[bool, "also the confusion matrix, in results.json"] = False
     similarity: Annotated[float, "cosine from which an image counts as a near-duplicate"] = 0.95
+    hash_bits: Annotated[int, "in place of features, perceptual hashes: bits of 64 that may differ"] = -1
     features: Annotated[str, "folder that features are kept in: a later evaluation reads them"] = ""
     designs: Annotated[str, 'JSON of bias: {"designs": {name: [labels]}, "groups": {name: [labels]}}'] = ""
 
@@ -62,12 +60,9 @@ def measure(
     """The results of one task; every rank of a job has them."""
     if task == "robustness":
         return _robustness(data.data)
-    if task == "bias":  # its table needs no captions
-        columns = _attributes(data)[0]
-        data = data if data.caption_column in columns else replace(data, caption_column=data.image_column)
     entry = EvalSet(
         Path(data.data).name, test=data.data, train=options.train, validation=options.validation, classes=classes,
-        templates=templates, metric=options.metric, reader=data,
+        templates=templates, metric=options.metric, reader=data, designs=options.designs if task == "bias" else "",
     )  # fmt: skip
     if task in ("probe", "few-shot", "overlap") and not options.train:
         raise ValueError(f"expected --train, the training split, for {task}")
@@ -79,10 +74,8 @@ def measure(
         return bench.retrieval()
     if task == "few-shot":
         return bench.few_shot([int(own) for own in options.shots.split(",")], options.seeds)
-    if task == "overlap":
-        return _overlap(bench, options.similarity)
-    if task == "bias":
-        return _bias(bench, options.designs)
+    if task in ("overlap", "bias"):
+        return _audited(bench, task, options, out if job.rank == 0 else "")
     if task != "probe":
         raise ValueError(
             f"expected --task zero-shot, probe, few-shot, retrieval, robustness, overlap, bias or classify, got {task!r}"
@@ -108,50 +101,19 @@ def _robustness(path: str) -> dict[str, Any]:
     return found.summary()
 
 
-def _overlap(bench: Bench, similarity: float) -> dict[str, Any]:
-    test, named = bench.features("test", True), bench.named()
-    targets, train = bench.targets(test, named, "test"), bench.images("train").vectors["image"]
-    weights = class_weights(bench.model, [*named.values()], bench.data.prompts()).cpu()
-    hits = labelled(torch.from_numpy(test.features), weights, np.arange(len(named)).tolist()) == targets
-    near = nearest(test.features, [train])
-    found = overlaps({bench.data.name: hits}, {bench.data.name: near.similarity >= similarity})
-    print(found.table())
-    return found.summary()
-
-
-def _bias(bench: Bench, path: str) -> dict[str, Any]:
-    """DATA is a table with attribute columns beside the image's."""
-    if not path:
-        raise ValueError("expected --designs, a JSON file of designs and groups of labels, for bias")
-    given = read_parsed(path)
-    if not isinstance(given.get("designs"), dict) or not isinstance(given.get("groups"), dict):
-        raise ValueError(f"{path}: expected an object with designs and groups, each an object; got {sorted(given)}")
-    reader = bench.data.reader
-    by_key = {row[reader.image_column]: row for row in _attributes(reader)}
-    found = bench.images("test")
-    keys = [row["key"] for row in found.rows]
-    if unknown := [key for key in keys if key not in by_key]:
-        raise ValueError(f"{reader.data}: expected a row of every image, got none of {unknown[:3]}")
-    columns = [own for own in next(iter(by_key.values())) if own != reader.image_column]
-    attributes = {own: [by_key[key][own] for key in keys] for own in columns}
-    prompts = bench.data.prompts()
-    predictions = {}
-    for design, names in given["designs"].items():
-        weights = class_weights(bench.model, names, prompts).cpu()
-        predictions[design] = labelled(torch.from_numpy(found.vectors["image"]), weights, names)
-    shares = bias(predictions, given["groups"], attributes)
+def _audited(bench: Bench, task: str, options: Measure, out: str) -> dict[str, Any]:
+    """Overlap or bias, printed as a table, and beside results.json what is to be looked at."""
+    if task == "overlap":
+        bits = None if options.hash_bits < 0 else options.hash_bits
+        found, results = bench.overlap(options.similarity, bits, Path(out, "duplicates.png") if out else "")
+        print(found.table())
+        return results
+    shares, results = bench.bias()
     print(shares.table())
-    return {"shares": shares.summary()}
-
-
-def _attributes(reader: DataConfig) -> list[dict[str, str]]:
-    if not reader.data.lower().endswith((".csv", ".tsv")):
-        raise ValueError(f"expected a .csv or .tsv with columns of attributes for bias, got {reader.data}")
-    with open(reader.data, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, delimiter=reader.separator or ("\t" if reader.data.endswith(".tsv") else ",")))
-    if not rows or reader.image_column not in rows[0] or len(rows[0]) < 2:
-        raise ValueError(f"{reader.data}: expected rows with the column {reader.image_column} and columns of attributes")
-    return rows
+    if out:
+        with output_folder(out) as folder, replacing(folder / "bias.svg") as file:
+            file.write(shares_plot(results["shares"]).encode())
+    return results
 
 
 def by_head(path: str, name: str, image: str, load: Load) -> list[tuple[float, str]]:

@@ -19,7 +19,7 @@ from clipfast.evaluate.zero_shot import TEMPLATES, Template, prompt, zero_shot_w
 from clipfast.files import parsed
 from clipfast.model import CLIP
 
-TASKS = ("zero-shot", "probe", "few-shot", "retrieval")
+TASKS = ("zero-shot", "probe", "few-shot", "retrieval", "overlap", "bias")
 CLASSES, PROMPTS = "classnames.txt", "zeroshot_classification_templates.txt"  # beside clip_benchmark's splits
 
 
@@ -45,7 +45,10 @@ class EvalSet:
     """`root`: a folder or hf:// address laid out as clip_benchmark's; what is named besides it wins.
 
     test, train, validation: as DATA of the command line. classes, templates: files, or lists. missing: why it cannot be had.
-    shift_of: the set that this one is a natural shift of.
+    shift_of: the set that this one is a natural shift of. shots: examples a class of few-shot, by default 1, 2, 4, 8, 16.
+    folds: standard splits that zero-shot and probe are the mean over: see `read_folds`.
+    against: where overlap looks for near-duplicates of test images, as DATA; by default the training split.
+    designs: JSON of bias, {"designs": {name: [labels]}, "groups": {name: [labels]}}; test is a table with attribute columns.
     """
 
     name: str
@@ -59,6 +62,10 @@ class EvalSet:
     tasks: tuple[str, ...] = ("zero-shot",)
     missing: str = ""
     shift_of: str = ""
+    folds: str = ""
+    against: str = ""
+    designs: str = ""
+    shots: tuple[int, ...] = ()
     reader: DataConfig = field(default_factory=lambda: DataConfig(""))  # how tables are read
 
     def __post_init__(self) -> None:
@@ -78,6 +85,11 @@ class EvalSet:
         lists, given = {"tasks", "classes", "templates"}, dict[str, Any]()
         for key, value in entry.items():
             alike = isinstance(value, list) and key in lists and all(isinstance(own, str) for own in value)
+            if key == "shots":
+                if not isinstance(value, list) or not value or not all(type(own) is int and own > 0 for own in value):
+                    raise ValueError(f"expected shots of a data set to be a list of numbers above 0, got {value!r:.60}")
+                given[key] = tuple(value)
+                continue
             if not (alike or (isinstance(value, str) and key != "tasks")):
                 text = f"text{' or a list of it' * (key in lists)}"
                 raise ValueError(f"expected {key} of a data set to be {text}, got {value!r:.60}; mend the suite")
@@ -85,6 +97,8 @@ class EvalSet:
         return cls(**given)
 
     def path(self, split: str) -> str:
+        if split == "against":
+            return self.against or self.path("train")
         own = getattr(self, split)
         return own or (type(self.root)(f"{self.root.rstrip('/')}/{split}") if self.root and split != "validation" else "")
 
@@ -100,7 +114,10 @@ class EvalSet:
             return Shards(tars, label_field=label)
         if not Path(path).exists() and not any(sign in path for sign in "*{:"):
             raise FileNotFoundError(f"{self.name}: expected its {split} split at {path}, found nothing")
-        return replace(self.reader, data=path).open()
+        reader = replace(self.reader, data=path)
+        if self.designs:  # a table of attributes needs no captions
+            reader = replace(reader, caption_column=reader.image_column)
+        return reader.open()
 
     def named(self) -> dict[str, str]:
         """Name of the class in the data -> name in the prompts, in the order that labels count in; empty: the data's own."""

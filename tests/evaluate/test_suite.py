@@ -21,8 +21,9 @@ from clipfast.cli import main
 from clipfast.evaluate import encode_texts, metrics, retrieval_source
 from clipfast.evaluate.datasets import EvalSet, class_weights
 from clipfast.evaluate.features import unprojected
-from clipfast.evaluate.figures import page
+from clipfast.evaluate.figures import overlap_table, page
 from clipfast.evaluate.multilabel import multilabel_probe
+from clipfast.evaluate.overlap import overlaps
 from clipfast.evaluate.suite import Suite, run_suite, table
 from clipfast.evaluate.tasks import Bench
 from clipfast.inputs import Preprocess
@@ -218,6 +219,7 @@ def test_what_a_suite_file_may_not_say(tmp_path: Path) -> None:
         ("standard = []", r"expected \[\[dataset\]\] tables"),
         ('[[dataset]]\nname = "a"\ntest = "x"\nmetric = "luck"', "expected a metric of accuracy"),
         ('[[dataset]]\nname = "a"\ntest = "x"\ntasks = ["dance"]', r"expected tasks of zero-shot.* got \['dance'\]"),
+        ('[[dataset]]\nname = "a"\ntest = "x"\nshots = [0]', r"expected shots of a data set .* got \[0\]"),
         ('[[dataset]]\nname = "a"', "a: expected root, test, or why it is missing"),
         ('[[dataset]]\nname = "a"\ntests = "x"', "expected a data set with a name and fields of"),
         ('[[dataset]]\nname = "a"\ntest = "x"\n' * 2, "expected each data set once"),
@@ -272,6 +274,17 @@ def test_overlap_bias_and_robustness_by_the_command_line(model: CLIP, root: Path
     own = json.loads(results.read_text())["sets"][0]
     assert (own["images"], own["overlapping"], own["clean"], own["all"]) == (12, 12, None, own["overlap"])
 
+    assert (tmp_path / "out" / "duplicates.png").exists() and Image.open(tmp_path / "out" / "duplicates.png").size[0] > 500
+    assert main(["eval", test, *common, "overlap", "--train", str(root / "train"), "--hash-bits", "0"]) == 0
+    found = json.loads(results.read_text())
+    assert found["score"] == 0 and found["pairs"] == []
+    shutil.copytree(root / "train", tmp_path / "seen")
+    copy = Image.open(root / "test" / "blue" / "1.png").resize((40, 40))
+    copy.save(tmp_path / "seen" / "blue" / "copy.png")
+    assert main(["eval", test, *common, "overlap", "--train", str(tmp_path / "seen"), "--hash-bits", "8"]) == 0
+    pairs = json.loads(results.read_text())["pairs"]
+    assert [(own["test"], own["train"]) for own in pairs] == [("blue/1.png", "blue/copy.png")] and pairs[0]["alike"] <= 8
+
     names = [f"{name}/0.png" for name in COLOURS]
     rows = [f"{root}/test/{name},{'warm' if name[0] == 'r' else 'cold'}" for name in names]
     (tmp_path / "faces.csv").write_text("\n".join(["path,tone", *rows]))
@@ -285,6 +298,8 @@ def test_overlap_bias_and_robustness_by_the_command_line(model: CLIP, root: Path
     hits = (features @ encode_texts(model, prompts).T).argmax(1) == 2
     assert shares["three", "cold"]["hits"] == int(hits[1:].sum()) and shares["three", "cold"]["images"] == 2
     assert shares["three", "warm"]["hits"] == int(hits[0]) and shares["two", "all"]["hits"] == 0
+
+    assert (tmp_path / "out" / "bias.svg").read_text().count("<rect") == 2 + 2 * 3  # a legend; all, cold and warm
 
     points = ["a,0.5,0.3,1", "b,0.6,0.4,1", "c,0.7,0.5,1", "d,0.7,0.6,0"]
     (tmp_path / "r.csv").write_text("\n".join(["model,accuracy,shifted,standard", *points]))
@@ -349,6 +364,83 @@ def test_a_second_evaluation_encodes_no_image(model: CLIP, root: Path, tmp_path:
     run("c")
     assert counts["images"] == 1 + 1 and counts["texts"] == prompts  # the set's, and the pairs'
     assert len(list((tmp_path / "features").iterdir())) == 4
+
+
+def test_overlap_and_bias_of_a_suite(model: CLIP, root: Path, tmp_path: Path) -> None:
+    """As tasks of its sets; Bonferroni's correction is over the sets of a model; shots are the suite's."""
+    rows = [f"{root}/test/{name}/0.png,{name[0]}" for name in COLOURS]
+    (tmp_path / "faces.csv").write_text("\n".join(["path,tone", *rows]))
+    given = {"designs": {"two": ["red", "blue"]}, "groups": {"cold": ["blue"]}}
+    (tmp_path / "d.json").write_text(json.dumps(given))
+    mixed = tmp_path / "mixed"
+    shutil.copytree(root / "train", mixed)
+    for name in COLOURS:
+        shutil.copy(root / "test" / name / "1.png", mixed / name / "seen.png")
+    own = f'root = "{root}"\nagainst = "mixed"\ntasks = ["overlap", "few-shot"]\nshots = [1, 3]'
+    sets = [f'[[dataset]]\nname = "{name}"\n{own}' for name in ("a", "b")]
+    sets.append('[[dataset]]\nname = "faces"\ntest = "faces.csv"\ndesigns = "d.json"\ntasks = ["bias"]')
+    (tmp_path / "s.toml").write_text("\n".join(sets))
+    suite = Suite.read(tmp_path / "s.toml")
+    found = run_suite(["m"], suite, tmp_path / "out", lambda name: (model, PREPROCESS))
+    by_task = {(row["dataset"], row["task"]): row for row in found}
+    assert not [row["reason"] for row in found if "reason" in row]
+    few = by_task["a", "few-shot"]["scores"]
+    assert [own["examples"] for own in few] == [1, 3, 6]
+    overlap = by_task["a", "overlap"]
+    assert overlap["score"] >= 3 / 12 and {"blue/1.png", "red/1.png"} <= {pair["test"] for pair in overlap["pairs"]}
+    shares = by_task["faces", "bias"]["shares"]
+    values = [own["share"] for own in shares if own["attribute"] == "tone"]
+    assert by_task["faces", "bias"]["score"] == max(values) - min(values)
+    html = page(found, suite)
+    assert "Bias: faces, m" in html and "Overlap: near-duplicates" in html
+    right, seen = np.repeat([True, False, True], [18, 2, 40]), np.repeat([True, False], [20, 40])
+    right[30:] = False
+    rows = [overlaps({name: right}, {name: seen}).summary() | {"score": 0.1} for name in ("a", "b")]
+    told = overlap_table([row | {"model": "m", "dataset": "x" * n, "task": "overlap"} for n, row in enumerate(rows)])
+    assert rows[0]["sets"][0]["adjusted"] == (p := rows[0]["sets"][0]["p"]) < 0.5
+    assert [line.split()[-2:] for line in told.splitlines()[2:]] == [[f"{p:.3g}", f"{2 * p:.3g}"]] * 2
+
+
+def test_standard_splits(model: CLIP, root: Path, tmp_path: Path) -> None:
+    """STL10's: rows of training in a line each, the test whole; UCF101's: lists of names for both."""
+    lines = ["0 1 2 6 7 8 12 13 14", "3 4 5 9 10 11 15 16 17"]
+    (tmp_path / "folds.txt").write_text("\n".join(lines))
+    bench = Bench(model, PREPROCESS, colours(root, folds=str(tmp_path / "folds.txt")))
+    probe, results = bench.probe(penalty=1.0)
+    train, test = (bench.features(split, False) for split in ("train", "test"))
+    expected = []
+    for line in lines:
+        rows = [*map(int, line.split())]
+        fitted = LogisticRegression(C=1.0, max_iter=1000).fit(train.features[rows], [train.labels[row] for row in rows])
+        expected.append(accuracy_score(test.labels, fitted.predict(test.features)))
+    assert results["folds"] == expected and results["score"] == np.mean(expected)
+    plain = Bench(model, PREPROCESS, colours(root)).zero_shot()
+    assert bench.zero_shot()["score"] == plain["score"] and bench.zero_shot()["contextless"] == plain["contextless"]
+
+    videos, lists = tmp_path / "videos", tmp_path / "lists"
+    lists.mkdir()
+    for split in ("train", "test"):
+        for path in sorted((root / split).rglob("*.png")):
+            (videos / split / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, videos / split / path.parent.name / f"v_{path.parent.name}_{split}{path.stem}.png")
+    names = sorted(f"{path.parent.name}/{path.stem}.avi" for path in videos.rglob("*.png"))
+    for fold in (1, 2):
+        tested = [name for name in names if (int(name[-5]) % 2 == 1) == (fold == 1)]
+        (lists / f"testlist0{fold}.txt").write_text("\n".join(tested))
+        (lists / f"trainlist0{fold}.txt").write_text("\n".join(f"{own} 1" for own in names if own not in tested))
+    data = EvalSet("ucf", test=f"{videos}/test", train=f"{videos}/train", classes=(*COLOURS,), folds=str(lists))
+    bench = Bench(model, PREPROCESS, data)
+    pool, folds = bench._pool(True)
+    scores = bench.scores(pool.features, [*COLOURS], ["a photo of a {}."]).argmax(1) == [
+        [*COLOURS].index(n) for n in pool.labels
+    ]
+    assert [len(rows) for _, rows in folds] == [15, 15] and not set(folds[0][0]) & set(folds[0][1])
+    assert bench.zero_shot()["folds"] == [scores[rows].mean() for _, rows in folds] and bench.zero_shot()["images"] == 30
+    assert bench.probe(penalty=1.0)[1]["score"] == 1
+    for text, told in (("0 99", "line 1: expected numbers of training images from 0 to 17, got '0 99'"), ("", "a line of num")):
+        (tmp_path / "folds.txt").write_text(text)
+        with pytest.raises(ValueError, match=told):
+            Bench(model, PREPROCESS, colours(root, folds=str(tmp_path / "folds.txt"))).probe()
 
 
 @pytest.mark.slow

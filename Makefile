@@ -2,6 +2,8 @@
 # make test   set up, check style and types, run the tests
 # make test-all  the same with the slow ones: all kernels in Triton's interpreter and emulated, ahead-of-time compilation, large
 #             batches; then each known fault is put into a kernel (since SINCE: into those changed since that commit) to be found
+# make soak   damaged inputs without number for every reader, the C++ kernels under sanitizers, a month of training in minutes;
+#             at most 30 minutes
 # make bench  (or cpu-check) set up, test the CPU's kernels, run the benchmarks, write bench/results/ and the README's tables
 # make gpu-check OUT=dir  with an NVIDIA GPU and no network: build for PYTHON, which has torch and Triton, run the GPU's tests and
 #             benchmarks, write one record into OUT within 9 minutes; commit it under bench/results/ and run python -m bench.record
@@ -11,7 +13,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet --quiet
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard kernels/*.h kernels/*.cuh kernels/*/*.cpp kernels/*/*.cu)
 
-.PHONY: demo test test-all lint bench cpu-check gpu-check setup rivals clean
+.PHONY: demo test test-all soak lint bench cpu-check gpu-check setup rivals clean
 setup: $(VENV)/.built
 rivals: $(VENV)/.built $(VENV)/.rivals
 
@@ -24,6 +26,9 @@ test: rivals lint
 test-all: rivals lint
 	$(PY) -m pytest -m ""
 	$(PY) -m tests.kernels.mutations $(if $(SINCE),--since $(SINCE))
+
+soak: rivals
+	$(PY) -m tests.hostile
 
 lint: rivals
 	$(PY) -m ruff check .

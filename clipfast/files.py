@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import logging
@@ -33,6 +34,8 @@ _held: set[int] = set()  # descriptors of this process's locks
 def output_folder(path: str | Path) -> Iterator[Path]:
     """A folder to write to, made if need be, and gone again when nothing was written."""
     folder = Path(path)
+    if not os.fspath(path):
+        raise ValueError("expected a folder to write to, got an empty name; . is the one you are in")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -52,6 +55,8 @@ def output_folder(path: str | Path) -> Iterator[Path]:
 def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of `path` when all of it is on the disk, or is gone when writing fails."""
     aside = Path(f"{path}.part")
+    if Path(path).exists() and not Path(path).is_file():  # a device would be replaced by the file, /dev/null for everybody
+        raise OSError(errno.EINVAL, f"expected the name of a file to write, got a folder or a device at {path}; choose another")
     try:
         with open(aside, "wb") as file:
             yield file

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clipfast.data.samples import IMAGES, Rows, Sample, text_of
+from clipfast.files import first_line
 
 TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".parquet")
 SEPARATORS = {".tsv": "\t", ".txt": "\t"}  # elsewhere a comma, unless the first line says otherwise
@@ -32,8 +33,9 @@ def read_table(
         raise NotADirectoryError(f"expected the folder of the table's images at {folder}; give `images`")
     columns, rows = _table(path, [image_column, caption_column], separator)
     if missing := {image_column, caption_column} - set(columns):
+        shown = ", ".join(" ".join(name.split())[:60] for name in columns[:20])
         raise ValueError(
-            f"{path}: expected the columns {image_column} and {caption_column}, got {', '.join(columns)}; "
+            f"{path}: expected the columns {image_column} and {caption_column}, got {shown}; "
             f"{' and '.join(sorted(missing))} is missing: name the columns, or the separator"
         )
 
@@ -57,14 +59,15 @@ def _table(path: Path, wanted: list[str], separator: str) -> tuple[Sequence[str]
 
 def _parquet(path: Path, wanted: list[str]) -> tuple[Sequence[str], list[tuple[int, dict[str, Any]]]]:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError as error:
         raise ImportError(f"{path}: expected pyarrow to read Parquet: pip install pyarrow, or give a .csv") from error
+    path.open("rb").close()  # if it may not be read, Python's own error says so
     try:
         columns = parquet.read_schema(path).names
         rows = parquet.read_table(path, columns=[name for name in wanted if name in columns]).to_pylist()
-    except ArrowException as error:
-        raise ValueError(f"{path}: expected a Parquet table: {error}") from error
+    except Exception as error:  # what Arrow raises on a damaged file is of many kinds
+        raise ValueError(f"{path}: expected a Parquet table: {first_line(error)}; write or fetch it again") from error
     return columns, list(enumerate(rows, 1))
 
 
@@ -93,7 +96,7 @@ def _separated(
         for row in csv.reader(_noted(lines, recent), delimiter=separator):
             start, line = line + 1, line + len(recent)
             if row and row[-1].endswith(_END):
-                if row != [_END]:
+                if recent != [_END]:
                     raise ValueError(
                         f"{path}, line {start}: expected the quotation mark there to be closed, got the end; mend it"
                     )

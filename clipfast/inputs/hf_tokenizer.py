@@ -102,7 +102,12 @@ class HFTokenizer:
         self.tokenizer.enable_truncation(length, direction=self._cut)
         self.tokenizer.enable_padding(length=length, **self._padding)
         cleaned = [self._clean(text) for text in ([texts] if isinstance(texts, str) else texts)]
-        ids = [encoding.ids for encoding in self.tokenizer.encode_batch(cleaned)]
+        try:
+            ids = [encoding.ids for encoding in self.tokenizer.encode_batch(cleaned)]
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            raise ValueError(f"the files of this tokenizer do not fit each other: {first_line(error)}") from error
         tokens = torch.tensor(ids, dtype=torch.int64).view(len(ids), length)
         return tokens if self._separator is None else tokens.masked_fill(tokens == self._separator, 0)
 

@@ -41,6 +41,8 @@ except ImportError:
     simplejpeg = None
 
 LARGEST = 1 << 30  # bytes of an image's file
+MOST = 1 << 26  # pixels of a resized image, up to which all of it is made
+LONGEST = 8192  # pixels of a side that a transform resizes to: 200 MB
 JPEG = b"\xff\xd8\xff"  # how a JPEG begins
 # What is opened, by Pillow's own decoders. Never all that Pillow knows: an EPS under any name would start Ghostscript.
 FORMATS = ("Jpeg", "Png", "WebP", "Bmp", "Gif", "Tiff", "Ppm", "Avif", "Jpeg2K", "Ico")
@@ -206,7 +208,7 @@ class Preprocess:
             ("interpolation", self.interpolation in INTERPOLATIONS, ", ".join(INTERPOLATIONS)),
             ("resize", self.resize in ("shortest", "longest", "squash"), "shortest, longest or squash"),
             ("fill", isinstance(self.fill, int) or (len(self.fill) == 3 and self.rgb_first), "a value; three need rgb_first"),
-            ("crop", self.crop > 0, "a share above 0"),
+            ("crop", 0 < max(size) / LONGEST <= self.crop, f"a share of which no side is resized beyond {LONGEST} pixels"),
             ("antialias", self.antialias or self.interpolation in ("nearest", "bilinear", "bicubic"), "True for this filter"),
         ):
             if not valid:
@@ -293,10 +295,30 @@ class Preprocess:
             return changed
         if self.rgb_first:
             image = as_rgb(image)
-        for step in self._geometry:
+        image = self._resized(image)
+        for step in self._geometry[1:]:
             image = step(image)
         mean, std = self._mean_std
         return ToTensor()(as_rgb(image)).sub_(mean).div_(std)
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        """The first step; of a picture of 1 x 60,000 pixels, which would take 12 GB, only along what is cropped out of it."""
+        resize, *crops = self._geometry
+        width, height = image.size
+        size = resize.target(height, width)
+        if math.prod(size) <= MOST or not crops or not resize.antialias:
+            return resize(image)
+        axis = 0 if size[0] > size[1] else 1
+        want, have, source = crops[0].size[axis], size[axis], (height, width)[axis]  # type: ignore[union-attr]
+        first = (int if self.round_down else round)((have - want) / 2)
+        around = math.ceil(4 * max(1, have / source))  # pixels of the result that the filter, 3 wide in the source, may see
+        low, high = max(0, first - around), min(have, first + want + around)
+        box: list[float] = [0, 0, width, height]
+        box[1 - axis], box[3 - axis] = low * source / have, high * source / have
+        kept = (high - low, size[1]) if axis == 0 else (size[0], high - low)
+        part = image.resize(kept[::-1], resize.interpolation, box=tuple(box))  # type: ignore[arg-type]
+        cut = (0, first - low, size[1], first - low + want) if axis == 0 else (first - low, 0, first - low + want, size[0])
+        return part.crop(cut)
 
     @property
     def changed(self) -> dict[str, Any]:

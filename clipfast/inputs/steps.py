@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+MOST = 1 << 28  # pixels of a resized image: 0.8 GB
 INTERPOLATIONS = {filter.name.lower(): filter for filter in Image.Resampling}  # "bicubic" -> Image.Resampling.BICUBIC
 BICUBIC = Image.Resampling.BICUBIC  # OpenAI's name for it; torchvision takes it too
 
@@ -44,6 +46,9 @@ class Resize:
             raise ValueError(f"expected an image that keeps a pixel a side, got {width} x {height} to resize to {self.size}")
         if size == (height, width):
             return image
+        if math.prod(size) > MOST:
+            told = f"{width} x {height} to {size[1]} x {size[0]}"
+            raise ValueError(f"expected an image that is resized to at most {MOST:,} pixels, got {told}; crop it first")
         if self.antialias or self.interpolation == Image.Resampling.NEAREST:
             return image.resize(size[::-1], self.interpolation)
         resized = self._tensor(torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1))

@@ -12,6 +12,7 @@ import io
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -39,10 +40,25 @@ class Stored(NamedTuple):
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """Its own part of its storage, in memory of its own, as ``dtype`` if it is floating."""
         self.archive.seek(self.entry, self.offset * self.dtype.itemsize)
-        return read(self.archive.file, _extent(self.shape, self.stride), self.dtype, dtype).as_strided(self.shape, self.stride)
+        file = _Summed(self.archive.file)
+        made = read(file, _extent(self.shape, self.stride), self.dtype, dtype).as_strided(self.shape, self.stride)
+        self.archive.verify(self.entry, file)
+        return made
 
 
-def read(file: IO[bytes], count: int, stored: torch.dtype, dtype: torch.dtype | None) -> Tensor:
+class _Summed:
+    """A file, and the count and the checksum of what was read of it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.count, self.crc = file, 0, 0
+
+    def readinto(self, buffer: Any) -> int:
+        got = self.file.readinto(buffer)  # type: ignore[attr-defined]
+        self.count, self.crc = self.count + got, zlib.crc32(memoryview(buffer)[:got], self.crc)
+        return got
+
+
+def read(file: IO[bytes] | _Summed, count: int, stored: torch.dtype, dtype: torch.dtype | None) -> Tensor:
     """The next elements of a file, [count], as ``dtype`` if they are floating: then in pieces, without a second whole copy."""
     if not dtype or dtype == stored or not stored.is_floating_point:
         return _next(file, count, stored)
@@ -52,7 +68,7 @@ def read(file: IO[bytes], count: int, stored: torch.dtype, dtype: torch.dtype | 
     return out
 
 
-def _next(file: IO[bytes], count: int, dtype: torch.dtype) -> Tensor:
+def _next(file: IO[bytes] | _Summed, count: int, dtype: torch.dtype) -> Tensor:
     data = torch.empty(count, dtype=dtype)
     if count and file.readinto(data.view(torch.uint8).numpy()) != data.nbytes:  # type: ignore[attr-defined]
         raise ValueError("a tensor ends too early")
@@ -84,6 +100,7 @@ class Archive:
         try:
             self.zip = zipfile.ZipFile(self.file)
             self.entries = _checked(self.zip)
+            self.verified: set[str] = set()
             index = next((name for name in self.entries if name.count("/") == 1 and name.endswith("/data.pkl")), None)
             if index is None:
                 raise ValueError("the zip holds no data.pkl")
@@ -106,13 +123,31 @@ class Archive:
     def _small(self, entry: str) -> bytes:
         if (size := self.entries[entry].file_size) > INDEX:
             raise ValueError(f"{entry} has {size:,} bytes, expected at most {INDEX:,}")
-        return self.zip.read(entry)
+        info = self.entries[entry]
+        if not info.CRC:  # torch.serialization.set_crc32_options(False)
+            info.CRC = None  # type: ignore[assignment]
+        return self.zip.read(info)
 
     def seek(self, entry: str, start: int) -> None:
         """To that byte of an entry that is not compressed."""
         self.file.seek(self.entries[entry].header_offset + 26)  # the local header: 30 bytes, the name, an extra field
         name, extra = (int.from_bytes(self.file.read(2), "little") for _ in range(2))
         self.file.seek(name + extra + start, io.SEEK_CUR)
+
+    def verify(self, entry: str, read: _Summed) -> None:
+        """ValueError where an entry is damaged: PyTorch looks at no checksum, and takes what a disk has made of a weight."""
+        info = self.entries[entry]
+        if entry in self.verified or not info.CRC:  # without: torch.serialization.set_crc32_options(False)
+            return
+        if read.count != info.file_size:  # tensors that share a storage
+            self.seek(entry, 0)
+            read, left = _Summed(self.file), info.file_size
+            block = memoryview(bytearray(min(left, 1 << 20)))
+            while left and (got := read.readinto(block[:left])):
+                left -= got
+        if read.crc != info.CRC:
+            raise ValueError(f"{entry} has the checksum {read.crc:08x}, expected {info.CRC:08x}")
+        self.verified.add(entry)
 
     # ---- what TorchScript's classes say of themselves
 

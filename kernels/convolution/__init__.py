@@ -32,13 +32,15 @@ def convolution(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
         [B, O, h, w] in the dtype of ``x``, h = ceil(H / stride).
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape does not fit, or the stride is below 1.
     """
     if x.ndim != 4 or weight.shape[1:] not in ((x.shape[1], n, n) for n in (1, 3)):
         raise ValueError(
             f"convolution: expected x [B, I, H, W] and weight [O, I, 3, 3] or [O, I, 1, 1], got {tuple(x.shape)} and "
             f"{tuple(weight.shape)}"
         )
+    if stride < 1:
+        raise ValueError(f"convolution: expected a stride of at least 1, got {stride}")
     if _vendors(x, weight, stride):
         return F.conv2d(x, weight, None, stride, weight.shape[-1] // 2)
     return OP(x, weight.contiguous(memory_format=torch.channels_last), stride)
@@ -61,7 +63,7 @@ def _supports_cpu(*args: object) -> str | None:
     O, I, size, _ = weight.shape
     if size == 1 and (O % 16 or I % 16 or stride > 1):
         return f"expected multiples of 16 channels for 1 × 1, got a weight {tuple(weight.shape)} and stride {stride}"
-    if any(t.numel() == 0 or not t.is_contiguous(memory_format=torch.channels_last) for t in images):
+    if not weight.numel() or any(not t.numel() or not t.is_contiguous(memory_format=torch.channels_last) for t in images):
         return "expected channels-last images that are not empty"
     return None
 

@@ -16,6 +16,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from clipfast.inputs import image as module
 from clipfast.inputs.image import MEAN, STD, Preprocess
 from clipfast.inputs.steps import BICUBIC, Resize, _convert_image_to_rgb
 
@@ -237,3 +238,30 @@ def test_a_changed_list_of_steps_is_what_runs() -> None:
     assert torch.equal(preprocess(image), Preprocess(24, mean=0)(image))
     del preprocess.transforms[3:]
     assert isinstance(preprocess(image), Image.Image)
+
+
+@pytest.mark.parametrize("size", [(9_000, 1), (2, 9_000), (9, 700), (700, 9), (500, 500)])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
+def test_a_very_long_picture_is_resized_where_it_is_cropped(monkeypatch, size: tuple[int, int], mode: str) -> None:
+    """The whole of 60,000 x 1 at a side of 224 would be 3 billion pixels, 12 GB. Of what fits, the same values to 2/255:
+    Pillow takes the axes in the order of their sizes, and rounds between them."""
+    noise = np.random.default_rng(0).integers(100, 150, (size[1], size[0], 3), np.uint8)
+    photo = Image.fromarray(noise).convert(mode)
+    for given in ({}, {"crop": 0.875, "rgb_first": True}, {"resize": "longest"}, {"resize": "squash"}, {"round_down": True}):
+        transform = Preprocess(32, **given)
+        if given.get("resize") == "longest" and max(size) > 32 * min(size):
+            with pytest.raises(ValueError, match="keeps a pixel a side"):
+                transform(photo)
+            continue
+        monkeypatch.setattr(module, "MOST", 1 << 40)
+        whole = transform(photo)
+        monkeypatch.setattr(module, "MOST", 0)
+        part = transform(photo)
+        assert part.shape == whole.shape == (3, 32, 32)
+        assert (part - whole).abs().max() * min(transform.std) <= 2.01 / 255
+
+
+def test_a_picture_of_one_line_takes_no_gigabytes() -> None:
+    assert Preprocess(224)(Image.new("L", (60_000, 1))).shape == (3, 224, 224)
+    with pytest.raises(ValueError, match="at most 268,435,456 pixels, got 60000 x 1 to .*; crop it first"):
+        Preprocess(224, antialias=False)(Image.new("RGB", (60_000, 1)))

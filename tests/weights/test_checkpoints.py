@@ -414,3 +414,31 @@ def test_other_hostile_configurations(tmp_path: Path, source: nn.Module) -> None
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
         refused(partial(load, folder), "another type or value|expected a file beside it")
     assert clipfast.load is load
+
+
+@pytest.mark.parametrize("written", ["with checksums", "without"])
+@pytest.mark.parametrize("part", [False, True])
+def test_a_damaged_weight_is_told(tmp_path: Path, written: str, part: bool) -> None:
+    """A bit that fell over in a file: PyTorch reads it as another weight. Files may also be written without checksums."""
+    sizes = {"embed_dim": 16, "image_resolution": 32, "vision_layers": 1, "vision_width": 64, "vision_patch_size": 16}
+    sizes |= {"context_length": 8, "vocab_size": 60, "transformer_width": 64, "transformer_heads": 1, "transformer_layers": 1}
+    model = CLIP(**sizes)
+    state = model.state_dict()
+    name = "visual.conv1.weight"
+    if part:  # two tensors in one storage: neither is the whole of it
+        both = torch.stack([state[name], state[name]])
+        state[name] = both[1]
+    torch.serialization.set_crc32_options(written == "with checksums")
+    try:
+        torch.save({"state_dict": state, "model_config": {"quick_gelu": True}}, path := tmp_path / "x.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(load(path, "cpu")[0].visual.conv1.weight, model.visual.conv1.weight)
+    data = bytearray(path.read_bytes())
+    place = data.rindex(model.visual.conv1.weight.detach().numpy().tobytes()[:64])
+    data[place + 5] ^= 1
+    path.write_bytes(data)
+    if written == "with checksums":
+        refused(partial(load, path, "cpu"), "has the checksum [0-9a-f]{8}, expected [0-9a-f]{8}")
+    else:
+        assert not torch.equal(load(path, "cpu")[0].visual.conv1.weight, model.visual.conv1.weight)

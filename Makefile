@@ -5,15 +5,19 @@
 # make soak   damaged inputs without number for every reader, the C++ kernels under sanitizers, a month of training in minutes;
 #             at most 30 minutes
 # make bench  (or cpu-check) set up, test the CPU's kernels, run the benchmarks, write bench/results/ and the README's tables
-# make gpu-check OUT=dir  with an NVIDIA GPU and no network: build for PYTHON, which has torch and Triton, run the GPU's tests and
-#             benchmarks, write one record into OUT within 9 minutes; commit it under bench/results/ and run python -m bench.record
+# make gpu-first OUT=dir SECONDS=200  with an NVIDIA GPU and no network, for PYTHON, which has torch and Triton: each kernel's first
+#             light, its parts by events, ncu, compute-sanitizer
+# make gpu-check OUT=dir SECONDS=480  the same machine: the GPU's tests and benchmarks
+# make gpu-multi OUT=dir SECONDS=480  with several GPUs: losses over NCCL, DDP, FSDP
+#             All three take the libraries that lie in clipfast/ (else build them for Hopper), write one record into OUT within
+#             SECONDS whatever breaks; commit it under bench/results/ and run python -m bench.record
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet --quiet
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard kernels/*.h kernels/*.cuh kernels/*/*.cpp kernels/*/*.cu)
 
-.PHONY: demo test test-all soak lint bench cpu-check gpu-check setup rivals clean
+.PHONY: demo test test-all soak lint bench cpu-check gpu-first gpu-check gpu-multi setup rivals clean
 setup: $(VENV)/.built
 rivals: $(VENV)/.built $(VENV)/.rivals
 
@@ -44,13 +48,13 @@ cpu-check: rivals
 	test ! -f demo/out/results.json || cp demo/out/results.json bench/results/demo.json
 	$(PY) -m bench.record
 
-# Nothing is fetched and no environment made: the packages that it needs are those of PYTHON.
-gpu-check:
-	@test -n "$(OUT)" || { echo "gpu-check: expected OUT=dir, the folder for the record" >&2; exit 2; }
-	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "gpu-check: torch " + torch.__version__ + " finds no GPU")'
-	@$(PYTHON) -c 'import importlib.util as u, sys; absent = [m for m in "ftfy wcwidth regex tokenizers safetensors tqdm PIL numpy triton pytest_benchmark".split() if not u.find_spec(m)]; sys.exit(absent and "gpu-check: expected packages that this Python has not: " + ", ".join(absent) + "; install them, or put their wheels on PYTHONPATH")'
-	CLIPFAST_CUDA=on timeout 180 $(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
-	$(PYTHON) -m bench.run cuda $(OUT)
+# Nothing is fetched, installed or, where the libraries load, built: the packages are those of PYTHON.
+gpu-first: SECONDS = 200
+gpu-check gpu-multi: SECONDS = 480
+gpu-first gpu-check gpu-multi:
+	@test -n "$(OUT)" || { echo "$@: expected OUT=dir, the folder for the record" >&2; exit 2; }
+	test -e clipfast/kernels || ln -s ../kernels clipfast/kernels
+	$(PYTHON) -m bench.run $(@:gpu-%=%) $(OUT) $(SECONDS)
 
 clean:
 	rm -rf build clipfast/_C_*.so *.egg-info $(VENV)/.built

@@ -1,6 +1,7 @@
 """Build clipfast's compiled libraries with CMake and map the source folder kernels/ to clipfast.kernels.
 
-``CLIPFAST_CUDA=auto|on|off`` decides on the CUDA library: ``auto`` (the default) builds it where nvcc is found.
+``CLIPFAST_CUDA=auto|on|off`` decides on the CUDA library: ``auto`` (the default) builds it where nvcc is found. ``CUDAARCHS``,
+CMake's own variable, says for which GPUs: ``90a-real`` alone takes a third of the time of all.
 """
 
 from __future__ import annotations
@@ -20,17 +21,21 @@ WINGS = sorted(f"clipfast.{home.parent.name}" for home in ROOT.glob("clipfast/*/
 OPS = sorted(home.parent.name for home in ROOT.glob("kernels/*/__init__.py"))
 
 
+def nvcc() -> str | None:
+    """The compiler, on the PATH or where the toolkit has it."""
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
 def with_cuda() -> bool:
     """Whether to build the CUDA library; says so where it is left out."""
     choice = os.environ.get("CLIPFAST_CUDA", "auto")
     if choice not in ("auto", "on", "off"):
         sys.exit(f"CLIPFAST_CUDA: expected auto, on or off, got {choice!r}")
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if choice == "on" and not nvcc:
+    if choice == "on" and not nvcc():
         sys.exit("CLIPFAST_CUDA=on: expected nvcc on the PATH, found none; install the CUDA toolkit or set CLIPFAST_CUDA=off")
-    if choice == "auto" and not nvcc:
+    if choice == "auto" and not nvcc():
         print("clipfast: no nvcc found, the CUDA library is left out (CPU and Triton kernels remain)")
-    return choice != "off" and nvcc is not None
+    return choice != "off" and nvcc() is not None
 
 
 class Build(build_ext):
@@ -44,6 +49,8 @@ class Build(build_ext):
         self.work = ROOT / "build" / "cmake"
         # The cmake and ninja that were installed beside this Python first: a system's own may be too old for its nvcc.
         tools = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+        if CUDA:  # CMake looks for it on the PATH alone
+            tools = {"CUDACXX": nvcc() or ""} | tools
         cmake = shutil.which("cmake", path=tools["PATH"]) or "cmake"
         options = [f"-DTORCH_DIR={Path(torch.__file__).parent}", f"-DCLIPFAST_CUDA={'ON' if CUDA else 'OFF'}"]
         options += ["-GNinja", "-DCMAKE_BUILD_TYPE=Release"]

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import pytest
+import torch
 
 import bench.rivals  # noqa: F401 - makes the rivals importable beside a CPU torch
-from bench import measure
-from bench.record import machine
+from bench import lines, measure
 from bench.tables import absent
 
 SECONDS = 1.0  # of a row's rounds; more only where three rounds take longer
 ROWS: list[dict[str, Any]] = []
-CEILINGS: list[dict[str, float]] = []  # the roofline before the first row and after the last
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record", metavar="FILE", help="write the figures as JSON, for python -m bench.record")
+    parser.addoption("--lines", metavar="FILE", type=Path, help="append each row to it as soon as it is there: bench/lines.py")
     parser.addoption("--full", action="store_true", help="the long grid: all sizes whatever the device, and more rounds")
 
 
@@ -38,6 +38,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="with --full only"))
 
 
+@functools.cache
+def ceilings(file: Path | None) -> dict[str, float]:
+    """The roofline that is among the lines of the file, else as it is now."""
+    if file and (found := lines.of(lines.read(file), "roofline")):
+        return found[0]
+    measured = measure.roofline()
+    lines.append(file, "roofline", **measured)
+    return measured
+
+
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # what was imported stays: of each of some 200 collections it would take a quarter of a second
@@ -50,14 +60,17 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def compare(benchmark, full: bool, request: pytest.FixtureRequest) -> Callable[..., dict[str, float]]:
+def compare(benchmark, full: bool, request: pytest.FixtureRequest) -> Iterator[Callable[..., dict[str, float]]]:
     """``compare(ours, rivals)``: times ours and every rival in turn; returns the speed-up over each.
 
-    A rival may be a str, the reason why it does not run here: its row says so. ``rounds``: without, as many as fit into
-    ``SECONDS``, 3 to 21; with ``--full`` three times as many. ``items``: what one call works through, for a rate. ``floor``:
-    its (FLOPs, bytes), for the share of the roofline. ``graphs``: on a GPU, calls shorter than ``measure.SHORT`` may be timed
-    as captured graphs, all or none. Anything else is kept in the row.
+    A rival may be a str, the reason why it does not run here: its row says so, as of one that raises. ``rounds``: without, as
+    many as fit into ``SECONDS``, 3 to 21; with ``--full`` three times as many. ``items``: what one call works through, for a
+    rate. ``floor``: its (FLOPs, bytes), for the share of the roofline. ``graphs``: on a GPU, calls shorter than
+    ``measure.SHORT`` may be timed as captured graphs, all or none. Anything else is kept in the row.
     """
+
+    file: Path | None = request.config.getoption("--lines")
+    written: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def run(
         ours: Callable[[], Any],
@@ -68,8 +81,8 @@ def compare(benchmark, full: bool, request: pytest.FixtureRequest) -> Callable[.
         graphs: bool = False,
         **note: Any,
     ) -> dict[str, float]:
-        if not CEILINGS:
-            CEILINGS.append(measure.roofline())
+        roof = ceilings(file)
+        rivals = {name: rival if isinstance(rival, str) else _tried(rival) for name, rival in rivals.items()}
         calls = {"": ours} | {name: rival for name, rival in rivals.items() if not isinstance(rival, str)}
         once = _turn(calls)  # warm-up: caches, lazy compilation
         if rounds is None:
@@ -103,10 +116,27 @@ def compare(benchmark, full: bool, request: pytest.FixtureRequest) -> Callable[.
             **note,
         )
         benchmark.extra_info.update(speedup)
-        ROWS.append(row)
+        lines.append(file, "row", **row)
+        written.append((row, copy.deepcopy(row)))
+        reached = measure.achieved(floor, median(own), roof) if floor else None
+        ROWS.append(row | dict(roofline=reached))
         return speedup
 
-    return run
+    yield run
+    for row, before in written:
+        if row != before:  # a note that was filled in since
+            lines.append(file, "row", **row)
+
+
+def _tried(rival: Callable[[], Any]) -> Callable[[], Any] | str:
+    """The rival after its first call, or what it raised."""
+    try:
+        rival()
+    except Exception as error:  # noqa: BLE001 - whatever a rival raises is the reason
+        if measure.DEVICE == "cuda":
+            torch.cuda.empty_cache()
+        return measure.reason(error)
+    return rival
 
 
 def _turn(calls: dict[str, Callable[[], Any]]) -> float:
@@ -157,19 +187,11 @@ def line(row: dict[str, Any]) -> str:
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if not ROWS:
         return
-    # The better of two, as something else may have run beside one.
-    ceilings = {k: max(v, CEILINGS[0][k]) for k, v in measure.roofline().items()}
-    for row in ROWS:
-        if row["roofline"]:
-            row["roofline"] = measure.achieved(row["roofline"], row["ms"]["median"] / 1e3, ceilings)
+    roof = ceilings(config.getoption("--lines"))
     terminalreporter.section("clipfast against its rivals: interleaved rounds, medians (p20-p80), peak memory")
     terminalreporter.line(
-        f"roofline of this run: copy {ceilings['bytes_per_s'] / 1e9:,.0f} GB/s, matmul in {str(measure.DTYPE)[6:]} "
-        f"{ceilings['flops_per_s'] / 1e12:.3g} TFLOP/s; {measure.memory_lacks() or 'memory is what a call needs at its peak'}"
+        f"roofline of this run: copy {roof['bytes_per_s'] / 1e9:,.0f} GB/s, matmul in {str(measure.DTYPE)[6:]} "
+        f"{roof['flops_per_s'] / 1e12:.3g} TFLOP/s; {measure.memory_lacks() or 'memory is what a call needs at its peak'}"
     )
     for row in ROWS:
         terminalreporter.line(line(row))
-    if file := config.getoption("--record"):
-        made = dict(machine=machine(), roofline=ceilings, full=config.getoption("--full"), rows=ROWS)
-        Path(file).write_text(json.dumps(made, indent=1) + "\n")
-        terminalreporter.line(f"written: {file}")

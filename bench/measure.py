@@ -157,6 +157,11 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any] | None:
     return graph.replay
 
 
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def spread(times: list[float]) -> dict[str, float]:
     """Median with the 20th and 80th percentile, in ms."""
     fifths = quantiles(times, n=5, method="inclusive") if len(times) > 1 else [times[0]] * 4

@@ -36,11 +36,15 @@ def imported(module: str) -> ModuleType | str:
         return f"{type(error).__name__}: {error}"
 
 
-open_clip: Any = imported("open_clip")
+def __getattr__(name: str) -> Any:
+    if name == "open_clip":  # imported where it is asked for: with transformers behind it it takes seconds
+        return imported(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def open_clip_model(sizes: dict[str, Any], state: dict[str, Tensor]) -> nn.Module | str:
     """open_clip's CLIP of these sizes (clipfast.CLIP's arguments) with these weights, or the reason why it is not here."""
+    open_clip: Any = imported("open_clip")
     if isinstance(open_clip, str):
         return open_clip
     vision = dict(

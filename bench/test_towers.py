@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import sizes
 from bench.measure import DEVICE, DTYPE
 from bench.plan import image_flops, text_flops
 from bench.rivals import open_clip, open_clip_model
+from bench.sizes import GPU
 from clipfast.inputs.tokenizer import tokenize
 from clipfast.loss import clip_loss
 from clipfast.model import CLIP, MODELS
 
-GPU = DEVICE == "cuda"  # where both sides run in bf16, as who trains and serves there does; on a CPU in fp32
-TOLERANCE = 2e-2 if GPU else 1e-5
+TOLERANCE = 2e-2 if GPU else 1e-5  # on a GPU both sides run in bf16, as who trains and serves there does; on a CPU in fp32
 # Captions of the length that people write: 9 to 16 tokens with both specials, 12 on average, as COCO's are.
 CAPTIONS = [
     "a dog runs over wet sand",
@@ -42,17 +43,10 @@ CAPTIONS = [
     "a child draws a house with a blue crayon",
 ]
 
-# Published size and pairs of a training step; on a CPU, where open_clip takes 17 s for 64 of them, those with --full only.
 STEPS = [
-    pytest.param("ViT-B/32", B, id=f"ViT-B/32, {B} pairs", marks=[pytest.mark.full] if B == 64 else [])
-    for B in ([256] if GPU else [16, 64])
+    pytest.param("ViT-B/32", B, id=f"ViT-B/32, {B} pairs", marks=[pytest.mark.full] if B == 64 else []) for B in sizes.PAIRS
 ]
-# Published size and images of a call: on a GPU the goals are set for one image and for what fills it.
-IMAGES = (
-    [pytest.param(name, B, id=f"{name}, {B} images") for name, B in (("ViT-L/14", 256), ("ViT-B/32", 1))]
-    if GPU
-    else [pytest.param(name, 8, id=name) for name in ("ViT-B/32", "RN50")]
-)
+IMAGES = [pytest.param(name, B, id=f"{name}, {B} images" if GPU else name) for name, B in sizes.IMAGES]
 
 NAMES = ["red heart", "grinning face", "fire engine", "hot beverage", "man cook", "alarm clock", "leaf", "cat", "guitar",
          "sun behind cloud", "backhand index pointing left"]  # fmt: skip
@@ -132,7 +126,7 @@ def compiled(call, wanted: bool):
 @pytest.mark.parametrize("name", ["ViT-B/32"])
 def test_encode_text(compare, pair, full: bool, name: str) -> None:
     ours, theirs = map(lowered, pair(name))
-    text, lengths = tokenize(CAPTIONS * (16 if GPU else 2), return_lengths=True)
+    text, lengths = tokenize((CAPTIONS * 16)[: sizes.CAPTIONS], return_lengths=True)
     text = text.to(DEVICE)
 
     def run() -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import ctypes
 import json
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import compare, measure, plot, run, tables
+from bench import compare, lines, measure, plot, run, stages, tables
 from bench.record import machine, problems
 from clipfast import kernels
 from clipfast.kernels import dispatch, passed
@@ -111,10 +112,11 @@ def test_every_benchmark_case_has_its_floor_and_its_inputs() -> None:
 def test_a_benchmark_runs_and_writes_a_valid_record(tmp_path: Path) -> None:
     """The fixture whole, on the quickest row: times, memory, roofline, an absent rival, the record."""
     command = [sys.executable, "-m", "pytest", "bench/test_kernels.py", "--benchmark-only", "-k", "layer_norm and text"]
-    done = subprocess.run([*command, "--record", str(tmp_path / "r.json")], cwd=ROOT, capture_output=True, text=True)
+    found = tmp_path / "lines.jsonl"
+    done = subprocess.run([*command, "--lines", str(found)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    made = json.loads((tmp_path / "r.json").read_text())
-    assert list(problems(made)) == []
+    made = lines.record(lines.read(found))
+    assert made and list(problems(made)) == []
     (one,) = made["rows"]
     assert one["name"] == "layer_norm text block" and one["rivals"]["eager"]["speedup"] > 0 and one["roofline"]["share"] > 0
     if not torch.cuda.is_available():
@@ -125,37 +127,70 @@ def test_a_benchmark_runs_and_writes_a_valid_record(tmp_path: Path) -> None:
 # ---- the run of make cpu-check and gpu-check ---------------------------------------------------------------------------------
 
 
-def test_tests_are_counted_by_op_and_backend(tmp_path: Path) -> None:
-    xml = tmp_path / "tests.xml"
-    xml.write_text(
-        """<testsuites><testsuite>
-        <testcase name="test_matches_spec[mlp-torch-one row-fp32-cpu]"/>
-        <testcase name="test_matches_spec[mlp-torch-prime-fp32-cpu]"><failure message="x"/></testcase>
-        <testcase name="test_matches_spec[mlp-cpu-prime-fp64-cpu]"><skipped/></testcase>
-        <testcase name="test_matches_spec[batch_norm-cpu-C8, relu-fp32-cpu]"/>
-        <testcase name="test_something_else[mlp-cpu-a-b-c]"/></testsuite></testsuites>"""
-    )
-    assert run.counted(xml) == {
-        "mlp": {"torch": dict(passed=1, failed=1, kernel=passed.fingerprint("mlp", "torch"))},
-        "batch_norm": {"cpu": dict(passed=1, failed=0, kernel=passed.fingerprint("batch_norm", "cpu"))},
+def test_tests_are_counted_by_op_and_backend() -> None:
+    """By the last result of each case; what a stage that was cut off did not come to is left."""
+    begun = dict(line="tests", cases=3, kernel="0" * 64, key="k")
+    found = [begun | dict(op="mlp", backend="torch"), begun | dict(op="batch_norm", backend="cpu")]
+    one = dict(line="test", op="mlp", backend="torch", dtype="fp32")
+    found += [one | dict(case="a", wrong="x"), one | dict(case="a", wrong=""), one | dict(case="b", wrong="output 0: error")]
+    found += [dict(line="test", op="batch_norm", backend="cpu", case=case, dtype="fp32", wrong="") for case in "abc"]
+    assert lines.tests(found) == {
+        "mlp": {"torch": dict(passed=1, failed=1, left=1, kernel="0" * 64)},
+        "batch_norm": {"cpu": dict(passed=3, failed=0, left=0, kernel="0" * 64)},
     }
+    assert [*lines.passes(found)] == ["k"]
 
 
-def test_a_phase_is_stopped_at_its_time_and_told(tmp_path: Path, capsys) -> None:
-    # Python, not a shell: a shell cannot trap the SIGINT that a parent in the background has it ignore.
-    code = "import signal, time, sys; signal.signal(signal.SIGINT, lambda *_: sys.exit('stopped')); time.sleep(60)"
-    assert run.phase("tests", [sys.executable, "-SEc", code], tmp_path, 2.0) == 124
-    assert "stopped" in (tmp_path / "tests.log").read_text() and "exit code 124" in capsys.readouterr().out
-    assert run.phase("tests", [sys.executable, "-c", "import os; print(os.environ['X'])"], tmp_path, 60, X="y") == 0
-    assert (tmp_path / "tests.log").read_text() == "y\n"
+def test_the_tests_of_a_kernel_are_lines(tmp_path: Path, monkeypatch) -> None:
+    """As the stage runs them: how many there are, then each; one that raises is one that failed."""
+    monkeypatch.setattr(
+        stages.check, "disagreements", lambda op, backend, given: ["wrong"] if given["x"].shape[0] == 1 else 1 / 0
+    )
+    stages.tests(tmp_path / "lines.jsonl", "mlp", "torch")
+    found = lines.read(tmp_path / "lines.jsonl")
+    counts = lines.tests(found)["mlp"]["torch"]
+    assert counts["failed"] > 3 and counts["passed"] == counts["left"] == 0
+    assert counts["kernel"] == passed.fingerprint("mlp", "torch")
+    assert {one["wrong"] for one in lines.of(found, "test")} == {"wrong", "ZeroDivisionError: division by zero"}
 
 
-def test_the_gpu_check_fits_into_nine_minutes() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    build = int(makefile.split("CLIPFAST_CUDA=on timeout ")[1].split()[0])
-    assert build + max(run.ENDS["cuda"].values()) <= 9 * 60
-    recipe = makefile.split("gpu-check:\n")[1].split("\n\n")[0]
-    assert "--no-index" in recipe and "venv" not in recipe and "setup" not in recipe
+def test_a_stage_is_killed_at_its_time_and_told(tmp_path: Path, capsys) -> None:
+    """With all that it started, whatever it does about signals."""
+    code = "trap '' INT TERM; echo begun; sleep 600 & echo $! > child; wait"
+    runner = run.Runner(tmp_path, 60)
+    runner.run([[run.Stage("a hang", ["sh", "-c", f"cd {tmp_path}; {code}"], 4)]])
+    child = Path("/proc") / (tmp_path / "child").read_text().strip()
+    assert not child.exists() or "State:\tZ" in (child / "status").read_text()
+    (one,) = lines.of(lines.read(runner.path), "stage")
+    assert one["code"] == "hung" and one["said"] == "begun\n" and "a hang: hung" in capsys.readouterr().out
+    assert runner.run([[run.Stage("it", ["sh", "-c", "echo $X"], 60, {"X": "y"})]]) == [0]
+    assert "==== it: 0 after" in (log := (tmp_path / "log.txt").read_text()) and log.endswith("\ny\n\n")
+
+
+def test_a_gpus_run_installs_nothing_and_builds_at_need() -> None:
+    recipe = (ROOT / "Makefile").read_text().split("gpu-first gpu-check gpu-multi:\n")[1].split("\n\n")[0]
+    assert "pip" not in recipe and "setup" not in recipe and "$(SECONDS)" in recipe
+    for kind in run.SECONDS:
+        groups = run.plan(kind, Path("lines"))
+        assert all(groups) and len({stage.name for group in groups for stage in group}) == sum(map(len, groups))
+    timed = [group for group in run.plan("check", Path("lines")) if any("--benchmark-only" in s.command for s in group)]
+    assert len(timed) > 8 and all(len(group) == 1 for group in timed)
+
+
+def test_what_the_stages_need_is_what_they_import() -> None:
+    """Of packages that are not Python's: those without which they do not start."""
+    code = """
+import sys
+import clipfast, bench.stages, bench.ranks, tests.kernels.rows
+files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
+print({name.partition(".")[0] for name, file in files.items() if "site-packages" in file})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    named = {name for names in run.NEEDS.values() for name in names.split()}
+    assert set(run.NEEDS["clipfast"].split()) <= (found := ast.literal_eval(done.stdout.splitlines()[-1]))
+    # Of torch's own needs, of the optional ones, and of how this clone is installed.
+    ours = {"torchgen", "mpmath", "sympy", "typing_extensions", "simplejpeg", "_distutils_hack", "functorch"}
+    assert {name for name in found - named - ours if not name.startswith("__editable__")} == set()
 
 
 # ---- comparing two records ---------------------------------------------------------------------------------------------------

@@ -88,10 +88,10 @@ def lacks(op: str, backend: str, given: dict[str, Any]) -> str | None:
 
 
 @functools.cache
-def collected() -> tuple[list[Row], Counter[tuple[str, str]]]:
-    """The rows that exist, and how many do not, by op and backend and by the reason."""
+def collected(ops: tuple[str, ...] | None = None) -> tuple[list[Row], Counter[tuple[str, str]]]:
+    """The rows that exist (of all ops), and how many do not, by op and backend and by the reason."""
     rows, absent = [], Counter[tuple[str, str]]()
-    for op, device in itertools.product(kernels.OPS, DEVICES):
+    for op, device in itertools.product(ops or kernels.OPS, DEVICES):
         backends = [b for b in dispatch.BACKENDS if kernels.OPS[op].backend(b) != f"{op} has no {b} backend"]
         for case, dtype in itertools.product(CASES[op], DTYPES):
             given = arguments(op, CASES[op][case], DTYPES[dtype], device)

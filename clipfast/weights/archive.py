@@ -70,7 +70,7 @@ def read(file: IO[bytes] | _Summed, count: int, stored: torch.dtype, dtype: torc
 
 def _next(file: IO[bytes] | _Summed, count: int, dtype: torch.dtype) -> Tensor:
     data = torch.empty(count, dtype=dtype)
-    if count and file.readinto(data.view(torch.uint8).numpy()) != data.nbytes:  # type: ignore[attr-defined]
+    if count and file.readinto(data.view(torch.uint8).numpy()) != data.nbytes:  # type: ignore[union-attr]
         raise ValueError("a tensor ends too early")
     return data
 

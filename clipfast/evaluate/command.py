@@ -13,7 +13,8 @@ import torch
 from clipfast.data import DataConfig
 from clipfast.evaluate.datasets import EvalSet, lines, read_text
 from clipfast.evaluate.features import unprojected
-from clipfast.evaluate.figures import page, shares_plot
+from clipfast.evaluate.figures import page
+from clipfast.evaluate.plots import shares_plot
 from clipfast.evaluate.probe import README_PENALTY, Head
 from clipfast.evaluate.robustness import robustness
 from clipfast.evaluate.suite import Suite, identity, run_suite, table

@@ -41,8 +41,9 @@ def on_a_gpu(op: str) -> bool:
 def arguments(op: str, case: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
     """Of the public function, in the dtype of the benchmarks, and which of them ask for a gradient."""
     made = kernels.OPS[op].spec.inputs(torch.Generator(DEVICE).manual_seed(0), **case)
+    asks = kernels.OPS[op].differentiable
     given = {
-        k: (v.to(DEVICE, DTYPE).requires_grad_() if v.is_floating_point() else v.to(DEVICE)) if isinstance(v, Tensor) else v
+        k: (v.to(DEVICE, DTYPE).requires_grad_(asks) if v.is_floating_point() else v.to(DEVICE)) if isinstance(v, Tensor) else v
         for k, v in made.items()
     }
     if given.get("cu_seqlens") is not None:  # as the model has it from the tokenizer: no op need ask the device
@@ -51,7 +52,8 @@ def arguments(op: str, case: dict[str, Any]) -> tuple[dict[str, Any], list[Tenso
 
 
 def forward_backward(function: Callable, given: dict[str, Any], leaves: list[Tensor]) -> Callable[[], Tensor]:
-    """A call of the function and of its backward, on upstream gradients that are no special number; its first output."""
+    """A call of the function and of its backward where it has one, on upstream gradients that are no special number; its first
+    output."""
     upstream: list[Tensor] = []
 
     def run() -> Tensor:
@@ -60,7 +62,8 @@ def forward_backward(function: Callable, given: dict[str, Any], leaves: list[Ten
         if not upstream:
             generator = torch.Generator(DEVICE).manual_seed(1)
             upstream.extend(torch.empty_like(o).normal_(generator=generator) for o in outputs)
-        torch.autograd.grad(outputs, leaves, upstream)
+        if leaves:
+            torch.autograd.grad(outputs, leaves, upstream)
         return outputs[0].detach()
 
     return run

@@ -50,15 +50,17 @@ class Result:
 
 def arguments(op: str, case: str | dict[str, Any], dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
     """A case, of the op's spec where it is a name, as arguments of its public function; every floating tensor is a leaf that
-    asks for a gradient."""
+    asks for a gradient, where the op has any."""
     spec = kernels.OPS[op].spec
     case = spec.CASES[case] if isinstance(case, str) else case
-    return _leaves(spec.inputs(torch.Generator().manual_seed(seed), **case), dtype, device)
+    return _leaves(op, spec.inputs(torch.Generator().manual_seed(seed), **case), dtype, device)
 
 
-def _leaves(made: dict[str, Any], dtype: torch.dtype, device: str) -> dict[str, Any]:
+def _leaves(op: str, made: dict[str, Any], dtype: torch.dtype, device: str) -> dict[str, Any]:
+    asks = kernels.OPS[op].differentiable
+
     def leaf(x: Tensor) -> Tensor:
-        return x.to(device, dtype).requires_grad_() if x.is_floating_point() else x.to(device)
+        return x.to(device, dtype).requires_grad_(asks) if x.is_floating_point() else x.to(device)
 
     return {k: leaf(v) if isinstance(v, Tensor) else v for k, v in made.items()}
 
@@ -98,14 +100,14 @@ def run(function: Callable, given: dict[str, Any], upstream: list[Tensor]) -> di
         generator = torch.Generator().manual_seed(1)
         upstream += [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
     given_grads = [u.to(o.device, o.dtype) for u, o in zip(upstream, outputs, strict=True)]
-    grads = torch.autograd.grad(outputs, list(leaves.values()), given_grads)
+    grads = torch.autograd.grad(outputs, list(leaves.values()), given_grads) if leaves else ()
     named = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
     return named | {f"gradient of {leaf}": grad for leaf, grad in zip(leaves, grads, strict=True)}
 
 
 def _widened(given: dict[str, Any]) -> dict[str, Any]:
     return {
-        k: v.detach().double().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
+        k: v.detach().double().requires_grad_(v.requires_grad) if isinstance(v, Tensor) and v.is_floating_point() else v
         for k, v in given.items()
     }
 
@@ -236,7 +238,7 @@ def _speed(op: str, backend: str, device: str) -> tuple[str, float, float]:
     medians of interleaved rounds."""
     spec, dtype = kernels.OPS[op].spec, torch.float32 if device == "cpu" else torch.bfloat16
     for size, case in (spec.BENCH if device == "cpu" else getattr(spec, "BENCH_GPU", spec.BENCH)).items():
-        given = _leaves(spec.inputs(torch.Generator().manual_seed(0), **case), dtype, device)
+        given = _leaves(op, spec.inputs(torch.Generator().manual_seed(0), **case), dtype, device)
         own: list[float] = []
         eager: list[float] = []
         upstream: list[Tensor] = []

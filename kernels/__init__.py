@@ -16,6 +16,7 @@ The ops:
     contrastive       both log-sum-exps of CLIP's similarity matrix and their gradients, the matrix never formed
     convolution       3 × 3 and 1 × 1, of few channels
     expand            the first half of an MLP, the activation in the epilogue of the product
+    int8_linear       x·Wᵀ + b and an activation, weights and activations rounded to 8 bits, for inference
     layer_norm        layer norm, with the residual addition before it in the same pass
     linear            x·Wᵀ + b by the faster of the machine's two libraries
     mlp               Linear, QuickGELU or GELU, Linear; the activation in one pass with the bias
@@ -37,6 +38,7 @@ from clipfast.kernels.contrastive import contrastive
 from clipfast.kernels.convolution import convolution
 from clipfast.kernels.dispatch import use
 from clipfast.kernels.expand import expand
+from clipfast.kernels.int8_linear import int8_linear
 from clipfast.kernels.layer_norm import layer_norm
 from clipfast.kernels.linear import linear
 from clipfast.kernels.mlp import mlp
@@ -45,6 +47,6 @@ from clipfast.kernels.pairwise_sigmoid import pairwise_sigmoid
 from clipfast.kernels.pooling import pooling
 
 __all__ = [
-    "OPS", "attention", "batch_norm", "bmm", "contrastive", "convolution", "dispatch", "expand", "layer_norm", "linear",
-    "mlp", "pairwise_sigmoid", "pooling", "use",
+    "OPS", "attention", "batch_norm", "bmm", "contrastive", "convolution", "dispatch", "expand", "int8_linear", "layer_norm",
+    "linear", "mlp", "pairwise_sigmoid", "pooling", "use",
 ]  # fmt: skip

@@ -21,7 +21,8 @@ class Op(Backends):
 
     ``forward``, ``backward``: schema and fake; the first argument is a tensor. ``compiled`` gives the ``supports`` of each C++
     backend, whose pair of ops takes the same arguments under ``<name>_<kind>``. ``autograd``: ``setup(ctx, inputs, output)``
-    and ``gradients(ctx, *grads)``, which calls ``backward``; a gradient that is not there may come as None.
+    and ``gradients(ctx, *grads)``, which calls ``backward``; a gradient that is not there may come as None. ``differentiable``:
+    False of an op for inference, which refuses to be asked for gradients.
     """
 
     def __init__(
@@ -31,7 +32,9 @@ class Op(Backends):
         backward: tuple[str, Callable] | None = None,
         compiled: dict[str, Callable] | None = None,
         autograd: tuple[Callable, Callable] | None = None,
+        differentiable: bool = True,
     ) -> None:
+        self.differentiable = differentiable
         name = home.rpartition(".")[2]
         super().__init__(home, {"forward": name} | ({"backward": f"{name}_backward"} if backward else {}), compiled or {})
         for (part, name), (schema, fake) in zip(self.parts.items(), filter(None, (forward, backward)), strict=True):

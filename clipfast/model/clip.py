@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from clipfast.kernels.linear import onednn
 from clipfast.model import scripted
+from clipfast.model.int8 import Int8Embedding, quantise, weights_of
 from clipfast.model.intermediates import image_intermediates, text_intermediates
 from clipfast.model.packed import Packed, pack, padded, uncompiled
 from clipfast.model.resnet import Bottleneck, ModifiedResNet
@@ -67,6 +68,7 @@ class CLIP(nn.Module):
     """
 
     output_dict = False  # open_clip's: whether ``forward`` gives features, scale and bias
+    int8 = False  # whether its weights are 8-bit integers, see ``for_inference``
 
     def __init__(
         self, embed_dim: int, image_resolution: int, vision_layers: int | tuple[int, int, int, int], vision_width: int,
@@ -154,7 +156,7 @@ class CLIP(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.token_embedding.weight.dtype if self.visual is None else self.visual.conv1.weight.dtype
+        return self.positional_embedding.dtype if self.visual is None else self.visual.conv1.weight.dtype
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """image [B, 3, R, R] -> [B, D] in the model's dtype, of unit length when ``normalize``."""
@@ -327,15 +329,21 @@ class CLIP(nn.Module):
         """Names of more than one dimension that open_clip's optimiser does not decay."""
         return {"positional_embedding"} | {f"visual.{name}" for name in self.visual.no_weight_decay()}
 
-    def for_inference(self, packed: bool = False) -> CLIP:
+    def for_inference(self, packed: bool = False, int8: bool = False) -> CLIP:
         """A copy in eval mode that asks for no gradients, with a ResNet's batch norms folded into its convolutions.
 
         Args:
+            int8: round the weights of the blocks and of the token embedding to 8 bits, and what they are multiplied with as it
+                comes: a quarter of the memory, three times the speed on a CPU, features whose cosine to those of fp32 is above
+                0.995. No gradient passes, and other libraries cannot read it.
+                Convolutions, norms and the last projections stay as they are.
             packed: keep the weights of the blocks in the CPU's layout: 1.7 × as fast for one text, 1.3 × for one image, a few
                 per cent for many. Such a copy only encodes: it cannot be saved, copied, moved or compiled, and no gradient
                 passes through it. Where that layout does not pay, a warning says why, and the copy is as without.
         """
-        model = copy.deepcopy(self).eval().requires_grad_(False)
+        if packed and int8:
+            raise ValueError("for_inference: expected packed or int8, got both; int8 weights are packed")
+        model = (self._in_int8() if int8 else copy.deepcopy(self)).eval().requires_grad_(False)
         if isinstance(model.visual, ModifiedResNet):
             model.visual.fold_batch_norms()
         if packed and self.bag:
@@ -347,9 +355,28 @@ class CLIP(nn.Module):
                 transformer.pack_weights()
         return model
 
+    def _in_int8(self) -> CLIP:
+        """A copy with 8-bit weights; what is rounded is not copied before."""
+        if self.dtype != torch.float32 or self.positional_embedding.device.type != "cpu" or self.int8:
+            got = f"{'int8' if self.int8 else self.dtype} on {self.positional_embedding.device}"
+            raise ValueError(f"for_inference(int8=True): expected a float32 model on the CPU, got {got}")
+        weights = [w for t in self._transformers() for block in t.rounded() for w in weights_of(block)]
+        model = copy.deepcopy(self, {id(w): w for w in (*weights, self.token_embedding.weight)})
+        for transformer in model._transformers():
+            for block in transformer.rounded():
+                quantise(block, read=block is transformer.resblocks[-1])
+        if untouched(self.token_embedding):
+            model.token_embedding = Int8Embedding(model.token_embedding)
+        else:
+            model.token_embedding = copy.deepcopy(self.token_embedding)
+        model.int8 = True
+        return model
+
     def __prepare_scriptable__(self) -> nn.Module:
         if self.bag:
             raise ValueError("torch.jit.script: expected a text tower with a transformer, got a bag of words")
+        if self.int8:
+            raise ValueError("torch.jit.script: expected a model of fp32 weights, got int8 ones; script the fp32 model")
         return scripted.CLIP(self)
 
     def _transformers(self) -> list[Transformer]:

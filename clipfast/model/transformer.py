@@ -13,21 +13,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clipfast.kernels import attention, layer_norm, linear, mlp, pooling
+from clipfast.kernels import attention, int8_linear, layer_norm, linear, mlp, pooling
 from clipfast.kernels.linear import onednn
 from clipfast.model import scripted
+from clipfast.model.int8 import Int8Attention, Int8Linear
 from clipfast.model.rule import know, plain, untouched, watched, whole
 
 # ---- the fused block
 
 
 class Linear(NamedTuple):
-    weight: Tensor  # [out, in]
+    weight: Tensor  # [out, in], or int8 in panels
     bias: Tensor | None
+    scale: Tensor | None = None  # [out] of an int8 weight
 
     @classmethod
     def of(cls, module: Any) -> Linear:
-        return cls(module.weight, module.bias)
+        return cls(module.weight, module.bias, module.scale if type(module) is Int8Linear else None)
+
+    def __call__(self, x: Tensor, quick_gelu: bool | None = None) -> Tensor:
+        """x [..., in] -> [..., out]; ``quick_gelu``: the activation of an int8 one."""
+        if self.scale is None:
+            return linear(x, self.weight, self.bias)
+        return int8_linear(x, self.weight, self.scale, self.bias, quick_gelu)
 
 
 class Norm(NamedTuple):
@@ -80,14 +88,16 @@ def block(stream: Stream, parts: Parts) -> Stream:
     s, update, layout, read = stream
     x, s = (normed(s, parts.ln_1), s) if update is None else normed(s, parts.ln_1, update)
     y = _pool(x, parts, layout) if read else _attend(x, parts, layout)
-    y = linear(y, parts.out.weight, parts.out.bias)
+    y = parts.out(y)
     x, s = normed(s[layout.read] if read else s, parts.ln_2, y if parts.scales is None else y * parts.scales[0])
-    if isinstance(parts.activation, bool) and parts.fc.bias is not None:
-        y = mlp(x, *parts.fc, *parts.proj, parts.activation)  # type: ignore[arg-type]
+    fc, proj, act = parts.fc, parts.proj, parts.activation
+    if isinstance(act, bool) and fc.scale is not None:
+        y = proj(fc(x, act))
+    elif isinstance(act, bool) and fc.bias is not None:
+        y = mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, act)  # type: ignore[arg-type]
     else:
-        hidden, act = linear(x, *parts.fc), parts.activation
         act = act if callable(act) else QuickGELU() if act else nn.GELU()
-        y = linear(act(hidden), *parts.proj)
+        y = proj(act(fc(x)))
     return Stream(s, y if parts.scales is None else y * parts.scales[1], layout, read)
 
 
@@ -111,9 +121,9 @@ def joined_linear(x: Tensor, parts: tuple[Linear, ...]) -> Tensor:
     """x [..., C] through several projections, side by side: one product of joined weights, or joined results, whichever is the
     smaller copy."""
     if len(parts) == 1:
-        return linear(x, *parts[0])
+        return parts[0](x)
     if x.numel() < parts[0].weight.numel() or any(part.bias is None for part in parts):
-        return torch.cat([linear(x, *part) for part in parts], -1)
+        return torch.cat([part(x) for part in parts], -1)
     return linear(x, torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))  # type: ignore[misc]
 
 
@@ -123,7 +133,7 @@ def _pool(x: Tensor, parts: Parts, layout: Layout) -> Tensor:
         weights = parts.qkv[0].weight.chunk(3)
         biases = parts.qkv[0].bias.chunk(3) if parts.qkv[0].bias is not None else (None,) * 3
     else:
-        weights, biases = tuple(zip(*parts.qkv, strict=True))  # type: ignore[assignment]
+        weights, biases = tuple(p.weight for p in parts.qkv), tuple(p.bias for p in parts.qkv)
     zero = [x.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
     return pooling(
         x, x[layout.read], weights[0], zero[0], weights[1], weights[2], zero[2], parts.heads,
@@ -239,8 +249,10 @@ class ResidualAttentionBlock(nn.Module):
         mlp: Any = self.mlp
         kind = type(mlp.gelu)
         exact = kind is nn.GELU and mlp.gelu.approximate == "none"
+        int8 = type(attn) is Int8Attention
         return Parts(
-            attn.num_heads, Norm.of(self.ln_1), (Linear(attn.in_proj_weight, attn.in_proj_bias),), Linear.of(attn.out_proj),
+            attn.num_heads, Norm.of(self.ln_1),
+            (Linear.of(attn.in_proj) if int8 else Linear(attn.in_proj_weight, attn.in_proj_bias),), Linear.of(attn.out_proj),
             Norm.of(self.ln_2), Linear.of(mlp.c_fc), kind is QuickGELU if exact or kind is QuickGELU else mlp.gelu,
             Linear.of(mlp.c_proj), None if self.ls_1 is None or self.ls_2 is None else (self.ls_1.gamma, self.ls_2.gamma),
         )  # fmt: skip
@@ -272,25 +284,26 @@ def whole_inside(block: Any) -> bool:
     if mask is not None and not torch.compiler.is_compiling() and _changed(mask, own["_version"]):
         return False
     attn, mlp = modules["attn"], modules["mlp"]
-    if (
-        not untouched(*(m for m in modules.values() if m is not None))
-        or type(attn) is not nn.MultiheadAttention
-        or type(mlp) is not nn.Sequential
-    ):
+    if not untouched(*(m for m in modules.values() if m is not None)) or type(mlp) is not nn.Sequential:
         return False
-    layers, out = mlp.__dict__["_modules"], attn.__dict__["_modules"]["out_proj"]
-    if [*layers] != ["c_fc", "gelu", "c_proj"] or not untouched(out, *layers.values()):
+    layers, inner = mlp.__dict__["_modules"], attn.__dict__["_modules"]
+    if [*layers] != ["c_fc", "gelu", "c_proj"] or not untouched(*inner.values(), *layers.values()):
         return False
-    if attn.batch_first or attn.add_zero_attn or (attn.dropout and attn.training):
-        return False
-    given = attn.__dict__["_parameters"]
+    int8 = type(attn) is Int8Attention
     return (
-        attn.bias_k is None and given.get("in_proj_weight") is not None and given.get("in_proj_bias") is not None
-        and type(layers["c_fc"]) is type(layers["c_proj"]) is nn.Linear
+        (int8 or _plain_attention(attn))
+        and type(layers["c_fc"]) is type(layers["c_proj"]) is (Int8Linear if int8 else nn.Linear)
         and type(modules["ln_1"]) is type(modules["ln_2"]) is LayerNorm
         and type(layers["gelu"]) in ACTIVATIONS_KNOWN
         and {type(block.ls_1), type(block.ls_2)} in ({LayerScale}, {type(None)})
     )  # fmt: skip
+
+
+def _plain_attention(attn: Any) -> bool:
+    if type(attn) is not nn.MultiheadAttention or attn.batch_first or attn.add_zero_attn or (attn.dropout and attn.training):
+        return False
+    given = attn.__dict__["_parameters"]
+    return attn.bias_k is None and given.get("in_proj_weight") is not None and given.get("in_proj_bias") is not None
 
 
 know(LayerNorm, LayerScale, QuickGELU)
@@ -372,6 +385,10 @@ class Transformer(nn.Module):
                 homes.append((block.attn, "in_proj_weight"))
             for home, name in homes:
                 setattr(home, name, nn.Parameter(onednn.packed(getattr(home, name)), requires_grad=False))
+
+    def rounded(self) -> list[ResidualAttentionBlock]:
+        """The blocks whose weights ``CLIP.for_inference(int8=True)`` rounds: those that nobody has touched."""
+        return [block for block in self.resblocks if fusable(block)]
 
 
 know(Transformer)

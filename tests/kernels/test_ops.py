@@ -195,7 +195,8 @@ def test_every_op_has_its_backends() -> None:
     """A backend that is absent has no rows in test_kernels; here it shows when one is."""
     assert set(kernels.OPS) == {"attention", "batch_norm", "bmm", "contrastive", "convolution", "expand", "int8_linear",
                                 "layer_norm", "linear", "mlp", "pairwise_sigmoid", "pooling"}  # fmt: skip
-    vendors = {"batch_norm", "bmm", "convolution", "expand", "int8_linear", "linear"}  # on a GPU without a kernel of ours in Triton
+    # On a GPU without a kernel of ours in Triton.
+    vendors = {"batch_norm", "bmm", "convolution", "expand", "int8_linear", "linear"}
     for name, op in kernels.OPS.items():
         triton = [] if name in vendors else ["triton"]
         for backend in (

@@ -29,6 +29,7 @@ from clipfast.files import first_line
 log = logging.getLogger(__name__)
 # What an address out of a file may be: neither a command nor one of fsspec's protocols that run programs or read other files.
 REMOTE = ("file", "http", "https", "s3", "s3a", "gs", "gcs", "hf", "az", "abfs", "abfss", "oss", "hdfs", "webhdfs")
+TEXT = 4 << 20  # bytes of a sample's caption, metadata or class: parsed they take up to thirty times as much
 MOST = 10_000_000  # shards that braces may stand for
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # key and field: a file's name is cut at its first dot
 
@@ -109,6 +110,12 @@ class Shards:
             if image is None:
                 return Sample(key, None, None, {}, f"{told}; what belongs to the first one is kept")
             log.warning("%s; both are kept as samples", told)
+        for kind in ("json", "cls", *self.captions):
+            if len(fields.get(kind, b"")) > TEXT:
+                told = (
+                    f"expected a text of at most {TEXT >> 20} MB as {kind}, got {len(fields[kind]) >> 20}; is it another file?"
+                )
+                return Sample(key, None, None, {}, told)
         try:
             meta = dict(json.loads(fields["json"])) if "json" in fields else {}
             if "cls" in fields:

@@ -3,8 +3,12 @@
 import gzip
 import io
 import logging
+import lzma
 import os
+import subprocess
+import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -101,6 +105,43 @@ def test_compressed_shards(tmp_path: Path, kind: str) -> None:
     assert [(sample.image, sample.caption) for sample in Shards(str(path)).samples()] == [(png(1), "one"), (png(2), "two")]
     path.write_bytes(path.read_bytes()[:-30] if kind else path.read_bytes()[:-9000])
     assert f"shard {path}: expected a readable tar" in list(Shards(str(path)).samples())[-1].error
+
+
+LIMITED = """
+import resource, sys
+from clipfast.data import Shards, DataConfig, training_batches
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (150 << 20),) * 2)
+for path in sys.argv[1:]:
+    *_, last = Shards(path, max_member=100, max_unpacked=60).samples()
+    print(last.error)
+"""
+
+
+def test_bombs_are_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    """300 kB that unpack to much more, as one file and as many; in a process that may take 150 MB."""
+
+    def bomb(name: str, write, files: int, size: int) -> str:
+        with write(tmp_path / name, "wb") as file:
+            for number in range(files):
+                info = tarfile.TarInfo(f"{number}.jpg")
+                info.size = size
+                file.write(info.tobuf(tarfile.GNU_FORMAT))
+                for _ in range(size >> 20):
+                    file.write(bytes(1 << 20))
+        return str(tmp_path / name)
+
+    one = bomb("one.tar.gz", partial(gzip.open, compresslevel=1), 1, 101 << 20)
+    many = bomb("many.tar.gz", partial(gzip.open, compresslevel=1), 4, 20 << 20)
+    twice = bomb("many.tar.xz", partial(lzma.open, preset=0), 4, 20 << 20)
+    texts = tar(
+        tmp_path / "text.tar", [("a.jpg", b"x"), ("a.txt", bytes(5 << 20)), ("b.jpg", b"x"), ("b.json", b"[" * (5 << 20))]
+    )
+    done = subprocess.run([sys.executable, "-c", LIMITED, one, many, twice], capture_output=True, text=True, check=True)
+    ends = ["raise max_member", "raise max_unpacked", "raise max_unpacked"]
+    assert [line.partition("; ")[2] for line in done.stdout.splitlines()] == ends, done.stdout
+    told = [sample.error for sample in Shards(str(texts)).samples()]
+    assert told == [f"expected a text of at most 4 MB as {kind}, got 5; is it another file?" for kind in ("txt", "json")]
 
 
 def test_a_shard_takes_no_more_memory_than_allowed(tmp_path: Path) -> None:

@@ -190,26 +190,26 @@ def devices(found: dict[str, dict[str, Any]], kind: str) -> list[str]:
 
 def passes(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """For kernels/passed.json: the hardware that has passed each CUDA C++ kernel as it is now, and how many times as fast as
-    Triton's it is there."""
+    the one beside it it is there."""
     made = {}
     gpus = of(found, kind="gpu")
     for op in (op for op, backend in backends() if backend == "cuda"):
         on = {}
         for hardware in sorted({r["machine"]["hardware"] for r in gpus.values()}):
             if state(op, "cuda", here := of(gpus, hardware=hardware)) == "passed":
-                on[hardware] = _times_triton(op, here)
+                on[hardware] = _times_as_fast(op, here)
         made |= {f"{op} cuda {passed.fingerprint(op, 'cuda')}": on} if on else {}
     return made
 
 
-def _times_triton(op: str, found: dict[str, dict[str, Any]]) -> float | None:
-    """The geometric mean, over the sizes at which these records of the kernel as it is now have both, of Triton's time over
-    that of CUDA C++; None where there is no such size."""
+def _times_as_fast(op: str, found: dict[str, dict[str, Any]]) -> float | None:
+    """The geometric mean, over the sizes at which these records of the kernel as it is now have both, of the time of the one
+    beside it over that of CUDA C++; None where there is no such size."""
     logs = []
     for record in found.values():
         current = record.get("tests", {}).get(op, {}).get("cuda", {}).get("kernel") == passed.fingerprint(op, "cuda")
         for row in record["rows"] if current else ():
-            ours = [row["rivals"].get(name, {}).get("ms") for name in ("our triton", "our cuda")]
+            ours = [row["rivals"].get(name, {}).get("ms") for name in (f"our {passed.beside(op)}", "our cuda")]
             if row.get("op") == op and all(ours):
                 logs.append(math.log(ours[0]["median"] / ours[1]["median"]))
     return round(math.exp(sum(logs) / len(logs)), 3) if logs else None

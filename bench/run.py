@@ -38,7 +38,7 @@ TOOLS = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])  # 
 SECONDS = {"cpu": 3000.0, "first": 200.0, "check": 480.0, "multi": 480.0}
 LEAST = 3.0  # seconds below which no stage starts
 WIDTH = max(2, min(8, (os.cpu_count() or 1) // 2))  # processes at once, where nothing is timed
-ROWS = ("attention", "layer_norm", "mlp", "pooling")  # whose benchmarks come before those of the towers
+ROWS = ("attention", "layer_norm", "mlp", "expand", "pooling")  # whose benchmarks come before those of the towers
 # What a GPU's stages import, and what it is for; without the first nothing runs.
 NEEDS = {
     "clipfast": "torch numpy PIL regex tokenizers safetensors tqdm",
@@ -108,9 +108,17 @@ def _first(path: Path) -> list[Group]:
     memcheck = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else a write beyond a tensor stays within torch's pool
     sanitized = [stage(path, 45, "launch", *pair, "small", before=memcheck, **uncached) for pair in cuda]
-    ours = "regex:(sums|sweep|gradient|forward|backward|facts|finish|merge|factors)"
-    ncu = ("ncu", "--clock-control", "none", "--set", "detailed", "-k", ours, "--launch-count", "6")
+    ncu = ("ncu", "--clock-control", "none", "--set", "detailed", "--launch-count", "6", "-k", f"regex:^({'|'.join(_names())})")
     return [*_begun(path), *parts, sanitized, *([stage(path, 25, "launch", *pair, before=ncu)] for pair in cuda)]
+
+
+def _names() -> list[str]:
+    """Of our kernels in CUDA C++, without which ncu would profile torch's too."""
+    sources = [*passed.ROOT.glob("*.cuh"), *passed.ROOT.glob("*/cuda.cu")]
+    bounds = r"(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(?:__cluster_dims__\([^()]*\)\s*)?"
+    return sorted(
+        {n for s in sources for n in re.findall(rf"__global__\s+void\s+{bounds}(\w+)", s.read_text(encoding="utf-8"))}
+    )
 
 
 def _check(path: Path) -> list[Group]:

@@ -108,7 +108,7 @@ def parts(lines: Path, op: str) -> None:
     """A line for each size and backend: forward, both ways, and the time of each launch in one call, vendor's products too."""
     from bench.test_kernels import floor
 
-    for backend, (size, case) in itertools.product(("triton", "cuda"), sizes.PARTS[op].items()):
+    for backend, (size, case) in itertools.product((passed.beside(op), "cuda"), sizes.PARTS[op].items()):
         try:
             with dispatch.use(backend):
                 both, forward = _calls(op, case)

@@ -1,6 +1,6 @@
 """Which kernels this hardware has passed: by a committed record, or by ``clipfast check`` on this machine.
 
-A CUDA C++ kernel is an automatic choice only where one of the two says so, and says that Triton's is not the faster: no test
+A CUDA C++ kernel is an automatic choice only where one of the two says so, and says that none beside it is the faster: no test
 without a GPU sees its races and its waits. Triton's and the CPU's kernels are tested on every machine, by the interpreter and
 as they are.
 """
@@ -31,6 +31,11 @@ _IMPORT = re.compile(r"^from clipfast\.kernels([\w.]*) import (.+)", re.MULTILIN
 def source_of(op: str, backend: str) -> Path:
     """Where the backend's source is, if the op has it."""
     return ROOT / op / _SOURCES.get(backend, f"{backend}.py")
+
+
+def beside(op: str) -> str:
+    """The backend that a GPU runs where CUDA C++ is not the choice."""
+    return "triton" if source_of(op, "triton").exists() else "torch"
 
 
 @functools.cache
@@ -134,15 +139,16 @@ def keep(results: dict[str, Any]) -> None:
 def lacks(op: str, device: torch.device) -> str | None:
     """Why the CUDA C++ kernel of an op is no automatic choice on this GPU, or None; the files are read once.
 
-    passed.json, which ``python -m bench.record`` makes: how many times as fast as Triton's it is (null: not compared) on the
-    hardware that has passed it, by kernel.
+    passed.json, which ``python -m bench.record`` makes: how many times as fast as the one beside it it is (null: not compared)
+    on the hardware that has passed it, by kernel.
     """
     recorded = json.loads((ROOT / "passed.json").read_text(encoding="utf-8")).get(f"{op} cuda {fingerprint(op, 'cuda')}", {})
-    own, triton = (kept().get(key(op, backend, device)) for backend in ("cuda", "triton"))
+    other = beside(op)
+    own, rival = (kept().get(key(op, backend, device)) for backend in ("cuda", other))
     name = hardware(device)
     if own is None and name not in recorded:
         return f"no GPU of {name} has passed it yet: run clipfast check, or force it with clipfast.kernels.use('cuda')"
     speed = recorded.get(name)
-    if own and triton and own.get("size") and own["size"] == triton.get("size"):
-        speed = triton["ms"] / own["ms"]
-    return f"Triton's is {1 / speed:.2f} times as fast on {name}" if speed and speed < 1 else None
+    if own and rival and own.get("size") and own["size"] == rival.get("size"):
+        speed = rival["ms"] / own["ms"]
+    return f"{other} is {1 / speed:.2f} times as fast on {name}" if speed and speed < 1 else None

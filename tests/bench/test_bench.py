@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import compare, lines, measure, plot, run, stages, tables
+from bench import compare, lines, measure, plot, run, sizes, stages, tables
 from bench.record import machine, problems
 from clipfast import kernels
 from clipfast.kernels import dispatch, passed
@@ -178,6 +178,8 @@ def test_a_gpus_run_installs_nothing_and_builds_at_need() -> None:
     for kind in run.SECONDS:
         groups = run.plan(kind, Path("lines"))
         assert all(groups) and len({stage.name for group in groups for stage in group}) == sum(map(len, groups))
+    assert sizes.FIRST.keys() == {op for op, _ in run.on_gpus("cuda", "triton")}
+    assert sizes.PARTS.keys() == {op for op, _ in run.on_gpus("cuda")} and "sweep_kernel" in run._names()
     timed = [group for group in run.plan("check", Path("lines")) if any("--benchmark-only" in s.command for s in group)]
     assert len(timed) > 8 and all(len(group) == 1 for group in timed)
 

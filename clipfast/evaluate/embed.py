@@ -7,7 +7,9 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,7 @@ def embed(
     form: str = "npy",
     refresh: bool = False,
     job: Job = ALONE,
+    weights: str = "",
     **reading: Any,
 ) -> int:
     """Features of a source in the folder `out`, as `clipfast.evaluate.store` lays it out; -> how many parts.
@@ -61,12 +64,12 @@ def embed(
     part_size: rows of a part at most; a shard begins another.
     refresh: another content of the source than that of `out` is made part of it, and only what changed is made; without, it is
         refused, with what differs.
-    job: the parts are shared out to its ranks.
+    job: the parts are shared out to its ranks. weights: `weights_digest` of the model, where it is known already.
 
     A part is there whole or not at all, and is not made again: killed and started again, on any number of ranks, the rows are
     the same. Another model, preprocessing, dtype or choice of features is refused.
     """
-    key, units = depends_on(model, preprocess, features, dtype, form, part_size), Units(source, part_size)
+    key, units = depends_on(model, preprocess, features, dtype, form, part_size, weights), Units(source, part_size)
     folder, tally = Path(out), reading.get("tally") or Tally()
     with ExitStack() as stack:
 
@@ -104,7 +107,9 @@ def embed(
         return found
 
 
-def depends_on(model: CLIP, preprocess: Any, features: Sequence[str], dtype: str, form: str, part_size: int) -> dict[str, Any]:
+def depends_on(
+    model: CLIP, preprocess: Any, features: Sequence[str], dtype: str, form: str, part_size: int, weights: str = ""
+) -> dict[str, Any]:
     """What vectors depend on beside the source's content."""
     if dtype not in ("float16", "float32"):
         raise ValueError(f"expected dtype float16 or float32, got {dtype!r}")
@@ -114,20 +119,34 @@ def depends_on(model: CLIP, preprocess: Any, features: Sequence[str], dtype: str
         raise ValueError(f"expected features of {', '.join(FEATURES)}, each once, got {list(features)}")
     if part_size < 1:
         raise ValueError(f"expected a part_size of 1 or more, got {part_size}")
-    read = f"{preprocess!r} {getattr(preprocess, 'transforms', '')!r}" if set(features) & {"image", "hidden"} else ""
+    read = _told(preprocess) if set(features) & {"image", "hidden"} else ""
     return {
-        "weights": weights_digest(model), "preprocess": re.sub(r" at 0x[0-9a-f]+", "", read), "features": list(features),
+        "weights": weights or weights_digest(model), "preprocess": read, "features": list(features),
         "dtype": dtype, "format": form, "part_size": part_size, "version": 1,
     }  # fmt: skip
 
 
+def _told(preprocess: Any) -> str:
+    """What a transform is, the same in every process: addresses left out, steps that were put into it by hand included."""
+    told = repr(preprocess)
+    if isinstance(preprocess, Preprocess) and "transforms" in vars(preprocess):
+        steps = repr(preprocess.transforms)
+        told += steps if steps != repr(replace(preprocess).transforms) else ""
+    return re.sub(r" at 0x[0-9a-f]+", "", told)
+
+
 def weights_digest(model: nn.Module) -> str:
     """Of all weights, and of what else the modules are made of: heads, activations, sizes."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        content = tensor.detach().cpu().contiguous()
-        found.update(f"{name} {content.dtype} {list(content.shape)}".encode())
-        found.update(content.reshape(-1).view(torch.uint8).numpy() if content.numel() else b"")
+
+    def of(named: tuple[str, torch.Tensor]) -> bytes:
+        content = named[1].detach().cpu().contiguous()
+        own = hashlib.sha256(f"{named[0]} {content.dtype} {list(content.shape)}".encode())
+        if content.numel():
+            own.update(content.reshape(-1).view(torch.uint8).numpy().data)
+        return own.digest()
+
+    with ThreadPoolExecutor(8) as pool:  # it hashes without the interpreter's lock
+        found = hashlib.sha256(b"".join(pool.map(of, sorted(model.state_dict().items()))))
     for name, module in model.named_modules():
         own = {key: value for key, value in vars(module).items() if isinstance(value, int | float | str | tuple | None)}
         plain = sorted((key, repr(value)) for key, value in own.items() if key[0] != "_" and key != "training")

@@ -121,7 +121,8 @@ def _of_url(url: str) -> Entry:
         raise
     except Exception as error:  # whatever the client of a remote store raises
         raise ConnectionError(f"cannot reach {url}: {type(error).__name__}: {error}") from error
-    own = [about.get(name) for name in ("size", "ETag", "etag", "blob_id", "mtime", "LastModified")]
+    told = ("size", "ETag", "etag", "blob_id", "generation", "mtime", "LastModified", "created")  # each store's own
+    own = [about.get(name) for name in told]
     return [value if isinstance(value, int | None) else str(value) for value in own]
 
 

@@ -21,7 +21,7 @@ from clipfast.evaluate import metrics
 from clipfast.evaluate.audits import PAIRS, attributes, designs, hashes, pair_sheet, widest_gap
 from clipfast.evaluate.bias import Bias, bias, labelled
 from clipfast.evaluate.datasets import METRICS, MULTILABEL, EvalSet, class_weights, numbered
-from clipfast.evaluate.embed import depends_on, embed, row_of
+from clipfast.evaluate.embed import depends_on, embed, row_of, weights_digest
 from clipfast.evaluate.features import encode_samples, projects, together, width
 from clipfast.evaluate.few_shot import SHOTS, few_shot
 from clipfast.evaluate.folds import Fold, read_folds
@@ -61,7 +61,7 @@ class Bench:
     ) -> None:
         self.model, self.preprocess, self.data, self.reading = model, preprocess, data, reading
         self.scale = model.logit_scale.exp().item()
-        self.cache, self.job = cache, job
+        self.cache, self.job, self.weights = cache, job, ""
         if job.world > 1 and not cache:
             raise ValueError("expected a folder for the features, which the ranks share, got none; name one (--features)")
         self.kept: dict[str, Part] = {}
@@ -93,14 +93,15 @@ class Bench:
         return self.kept[name]
 
     def _cached(self, name: str, source: Source, features: Sequence[str]) -> Part:
-        own = depends_on(self.model, self.preprocess, features, "float32", "npy", ROWS)
+        self.weights = self.weights or weights_digest(self.model)
+        own = depends_on(self.model, self.preprocess, features, "float32", "npy", ROWS, self.weights)
         split = "test" if name in ("pairs", "captions") else name
         own |= {"path": self.data.path(split), "labels": self.data.metric in MULTILABEL}
         readable = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{self.data.name}-{name}")
         place = Path(self.cache) / f"{readable}-{digest(json.dumps(own, sort_keys=True))}"
         embed(
             self.model, self.preprocess, source, place, features=features, part_size=ROWS, refresh=True, job=self.job,
-            **self.reading,
+            weights=self.weights, **self.reading,
         )  # fmt: skip
         return read_features(place)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -251,6 +252,24 @@ def test_a_shard_that_changed_is_made_again(model, tmp_path, encodings):
     np.testing.assert_allclose(found.vectors["image"][11], reference_image(model, png(11)), atol=1e-5)
 
 
+def test_remote_shards_are_known_by_what_their_store_says(model, tmp_path, encodings):
+    write_shards(tmp_path / "data", shards=2, each=4)
+    system = fsspec.filesystem("memory")
+    for name in ("000.tar", "001.tar"):
+        system.pipe(f"/clipfast/{name}", (tmp_path / "data" / name).read_bytes())
+    where = "memory://clipfast/{000..001}.tar"
+    for _ in range(2):
+        embed(model, PREPROCESS, DataConfig(where).open(), tmp_path / "out")
+    assert sum(encodings) == 8
+    write_shards(tmp_path / "data", shards=2, each=6)
+    system.pipe("/clipfast/001.tar", (tmp_path / "data" / "001.tar").read_bytes())
+    with pytest.raises(ValueError, match=r"there are 1 changed \(memory://clipfast/001.tar\)"):
+        embed(model, PREPROCESS, DataConfig(where).open(), tmp_path / "out")
+    system.rm("/clipfast/001.tar")
+    with pytest.raises(ConnectionError, match="cannot reach memory://clipfast/001.tar: FileNotFoundError"):
+        embed(model, PREPROCESS, DataConfig(where).open(), tmp_path / "out")
+
+
 def test_a_file_that_changes_meanwhile_is_told(model, tmp_path, monkeypatch):
     write_folders(tmp_path / "data")
     encode, victim = model.encode_image, tmp_path / "data" / "n02" / "9.png"
@@ -295,7 +314,8 @@ def test_what_vectors_depend_on(model):
         before = weights_digest(other)
         change()
         assert weights_digest(other) != before
-    changed = Preprocess(32)
+    looked_at, changed = Preprocess(32), Preprocess(32)
+    assert looked_at.transforms and depends_on(model, looked_at, *given) == own
     changed.transforms[0] = lambda image: image
     for preprocess in (Preprocess(32, interpolation="bilinear"), changed):
         assert depends_on(model, preprocess, *given)["preprocess"] != own["preprocess"]

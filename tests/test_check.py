@@ -268,6 +268,7 @@ def test_the_faster_of_two_kernels_is_the_automatic_one(monkeypatch, gpu: str, c
     root.mkdir()
     kernel = f"layer_norm cuda {passed.fingerprint('layer_norm', 'cuda')}"
     monkeypatch.setattr(passed, "ROOT", root)
+    monkeypatch.setattr(passed, "beside", lambda op: "triton")
     for speed, reason in ((0.5, "triton is 2.00 times as fast"), (1.2, "None"), (None, "None")):
         (root / "passed.json").write_text(json.dumps({kernel: {gpu: speed}}))
         assert reason in str(lacks(dict(cases=9), None))

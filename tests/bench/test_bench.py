@@ -106,7 +106,7 @@ def test_every_benchmark_case_has_its_floor_and_its_inputs() -> None:
     for op, home in kernels.OPS.items():
         for case in (*home.spec.BENCH.values(), *getattr(home.spec, "BENCH_GPU", {}).values()):
             passes = home.spec.floors(4, **case)
-            assert set(passes) == {"forward", "backward"}, op
+            assert "forward" in passes and passes.keys() <= {"forward", "backward"}, op
             assert all(flops >= 0 and moved > 0 for flops, moved in passes.values()), op
 
 

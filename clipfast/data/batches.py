@@ -7,6 +7,7 @@ order for `clipfast.evaluate`. What cannot be read is counted, logged and skippe
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import random
@@ -15,10 +16,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,6 +64,7 @@ class DataConfig:
     max_member: Annotated[int, "MB of one file in a shard, beyond which it is refused"] = 256
     max_unpacked: Annotated[int, "MB that a compressed shard may unpack to"] = 65536
     workers: Annotated[int, "processes of a rank that read and decode for training, at most one a shard; threads elsewhere"] = 2
+    worker_timeout: Annotated[float, "seconds after which a worker that does nothing ends the run; 0: no limit"] = 600.0
     streams: Annotated[int, "parts of a batch that are read apart; 0: one a rank. On any number of ranks that divides it, a run"
                             " sees the same batches"] = 0  # fmt: skip
     shuffle_buffer: Annotated[int, "samples of a worker's shards that are shuffled in memory"] = 1000
@@ -176,18 +180,94 @@ def training_batches(
     own = range(rank * streams // world, (rank + 1) * streams // world)
 
     def batches(step: int) -> Iterator[Batch]:
-        stream = _BatchStream(source, config, resolution, batch_size, context_length, seed, step, own, streams)
+        stream = _BatchStream(source, config, resolution, batch_size, context_length, seed, step, own, streams, workers)
         pin = torch.cuda.is_available()
         drawn = torch.Generator()  # the loader draws a number: taken from the global one, a resumed run would go on differently
         init = _outlive_signals if workers else None
-        for batch in DataLoader(stream, None, num_workers=workers, pin_memory=pin, generator=drawn, worker_init_fn=init):
-            if isinstance(batch, Exception):
-                raise batch  # sent as a value: raised in the worker, its message would hold the worker's whole traceback
-            yield batch
+        options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "generator": drawn, "worker_init_fn": init}
+        iterator: Any = iter(DataLoader(stream, None, **options))
+        processes = getattr(iterator, "_workers", [])
+        watch = _Watchdog(processes, stream.done, config.worker_timeout)
+        try:
+            for count in itertools.count():
+                batch = watch.await_batch(iterator, count)
+                if isinstance(batch, Exception):
+                    raise batch  # sent as a value: raised in the worker, its message would hold the worker's whole traceback
+                yield batch
+        finally:
+            watch.ended.set()
+            _continue(processes)
+            del iterator  # which asks its workers to end, and waits for them a while
+            _end(processes)  # Python would wait for the others at its own end
 
     # What the sequence depends on beside the seed: kept in checkpoints, so that a resumed run can tell when it is another one.
     batches.order = {"data": config.data, "shuffle_buffer": config.shuffle_buffer, "streams": streams, "workers": workers}  # type: ignore[attr-defined]
     return batches
+
+
+class _Watchdog(threading.Thread):
+    """Ends the wait for workers that do nothing. The loader's own time-out does not see those that are stopped while they hand
+    over what they have read, and would count the time in which all of the job is stopped."""
+
+    def __init__(self, processes: Sequence[Any], done: Sequence[int], limit: float) -> None:
+        super().__init__(name="watch data workers", daemon=True)
+        self.processes, self.done, self.limit = processes, done, limit
+        self.waiting: int | None = None  # for which batch
+        self.told = ""
+        self.ended = threading.Event()
+        if processes and limit:
+            self.start()
+
+    def await_batch(self, iterator: Iterator[Batch | Exception], count: int) -> Batch | Exception:
+        """The next batch, of which `count` came before; RuntimeError names the worker that gave none."""
+        self.waiting = count
+        try:
+            batch = next(iterator)
+        except (RuntimeError, OSError, EOFError):  # of a worker that was ended
+            if not self.told:
+                raise
+        finally:
+            self.waiting = None
+        if self.told:
+            raise RuntimeError(self.told)
+        return batch
+
+    def run(self) -> None:
+        tick = min(1.0, self.limit / 4)
+        idle, before = 0.0, None
+        while not self.ended.wait(tick):
+            now = self.waiting, *self.done
+            idle, before = idle + tick if now == before and self.waiting is not None else 0.0, now
+            if idle >= self.limit:
+                return self._end_the_wait(now[0] or 0)
+
+    def _end_the_wait(self, count: int) -> None:
+        number, why = count % len(self.processes), "waits for its data: see to that, or raise worker_timeout"
+        if stopped := _continue(self.processes):  # it may keep others waiting, and holds what it has read
+            number, why = stopped[0], "was stopped: see what stopped it"
+        told = f"expected a sample within {self.limit:g} s of data worker {number} (process {self.processes[number].pid})"
+        self.told = f"{told}, got none: it {why}"
+        if not stopped or not self.ended.wait(1.0):  # when it has handed that over, the wait is over
+            self.processes[number].kill()
+
+
+def _continue(processes: Sequence[Any]) -> list[int]:
+    """Let go on what SIGSTOP has stopped; which ones these are, as far as the system tells."""
+    stopped = []
+    for number, process in enumerate(processes):
+        with suppress(OSError):
+            if Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+                stopped.append(number)
+        if hasattr(signal, "SIGCONT") and process.is_alive():
+            os.kill(process.pid, signal.SIGCONT)
+    return stopped
+
+
+def _end(processes: Sequence[Any]) -> None:
+    for process in processes:
+        with suppress(RuntimeError):  # the loader's own word on a worker that was killed
+            process.kill()
+            process.join(5)
 
 
 def _outlive_signals(worker: int) -> None:
@@ -218,15 +298,18 @@ class _BatchStream(IterableDataset[Batch | Exception]):
         start: int,
         own: Sequence[int] = (0,),
         streams: int = 1,
+        workers: int = 0,
     ) -> None:
         self.source, self.config, self.context_length = source, config, context_length
         self.rows = batch_size // streams  # of a stream in a batch
         self.seed, self.start, self.resolution = seed, start, resolution
         self.own, self.streams = own, streams
+        self.worker, self.done = 0, RawArray("q", max(1, workers))  # steps of each worker, for the process that waits for it
 
     def __iter__(self) -> Iterator[Batch | Exception]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        self.worker = worker
         step = self.start + worker  # the loader asks worker 0 first, whatever `start` is
         shards = self.source.parts * len(self.own) // (self.streams * workers) if isinstance(self.source, Shards) else 0
         tally = Tally(self.config.max_bad, shards)
@@ -252,6 +335,7 @@ class _BatchStream(IterableDataset[Batch | Exception]):
             count = 0
             for sample in self.source.samples(random.Random(f"{self.seed} {epoch} {part}"), part, parts):
                 count += 1
+                self.done[self.worker] += 1
                 if skip > 0:
                     skip -= 1
                 else:
@@ -265,6 +349,7 @@ class _BatchStream(IterableDataset[Batch | Exception]):
         pixels, captions, keys = [], [], []
         for sample, square in samples:  # a random generator each, so that a bad one changes no other
             tally.seen += 1
+            self.done[self.worker] += 1
             try:
                 if not sample.error and not (sample.caption or "").strip():
                     raise ValueError(no_caption(sample))

@@ -5,14 +5,19 @@ import http.server
 import io
 import json
 import logging
+import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tarfile
 import threading
+import time
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -589,3 +594,50 @@ def test_an_output_folder_is_there_only_if_written_to(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="expected a folder that can be written at .*file"), output_folder(tmp_path / "file"):
         pass
+
+
+@dataclass
+class Slow:
+    """A source whose samples take their time."""
+
+    seconds: float
+    parts: int = 24
+
+    def samples(self, rng: random.Random | None = None, part: int = 0, parts: int = 1) -> Iterator[Sample]:
+        for number in range(part, self.parts, parts):
+            time.sleep(self.seconds)
+            yield Sample(str(number), png(number), caption(number), {})
+
+
+def test_a_worker_that_is_stopped_is_named_and_waited_for_no_longer(where):
+    batches = training_batches(DataConfig(where, workers=2, worker_timeout=2.0), R, 4)(0)
+    next(batches)
+    workers = multiprocessing.active_children()
+    stopped = workers[1]
+    os.kill(stopped.pid, signal.SIGSTOP)
+    named = rf"within 2 s of data worker \d \(process {stopped.pid}\), got none: it was stopped: see "
+    with pytest.raises(RuntimeError, match=named):
+        for _ in range(9):  # what was read before comes first
+            next(batches)
+    assert not [worker for worker in workers if worker.is_alive()]
+
+
+def test_a_worker_that_waits_for_its_data_is_named():
+    batches = training_batches(DataConfig("stuck", workers=1, worker_timeout=0.5), R, 4, source=Slow(60))(0)
+    with pytest.raises(RuntimeError, match=r"data worker 0 \(process \d+\), got none: it waits .* or raise worker_timeout"):
+        next(batches)
+
+
+def test_a_run_ends_though_a_worker_is_stopped(where):
+    batches = training_batches(DataConfig(where, workers=2), R, 4)(0)
+    next(batches)
+    workers = multiprocessing.active_children()
+    os.kill(workers[0].pid, signal.SIGSTOP)
+    batches.close()
+    assert len(workers) == 2 and not [worker for worker in workers if worker.is_alive()]
+
+
+def test_a_worker_that_is_slow_is_waited_for():
+    config = DataConfig("slow", workers=1, worker_timeout=1.5)
+    batches = training_batches(config, R, 4, source=Slow(0.25))(1)  # it passes over four samples, and then reads four
+    assert numbers([next(batches)]) == [4, 5, 6, 7]

@@ -98,18 +98,19 @@ def _supports_cpu(*args: object) -> str | None:
 
 
 def _supports_cuda(*args: object) -> str | None:
-    qkv, cu_seqlens, heads, _, max_length = args[-5:]
+    qkv, cu_seqlens, heads, causal, max_length = args[-5:]
     assert isinstance(qkv, Tensor) and isinstance(heads, int)
     if qkv.device.type != "cuda":
         return f"expected CUDA tensors, got {qkv.device}"
     if qkv.dtype not in (torch.float16, torch.bfloat16):
         return f"expected float16 or bfloat16, got {qkv.dtype}"
-    if torch.cuda.get_device_capability(qkv.device) < (8, 0):
+    if (capability := torch.cuda.get_device_capability(qkv.device)) < (8, 0):
         return "expected compute capability 8.0 or later"
     if (K := qkv.shape[-1] // (3 * heads)) != 64:
         return f"expected heads of 64 columns, got {K}"
     longest = qkv.shape[-2] if cu_seqlens is None else max_length
-    return None if longest <= 128 else f"expected sequences of at most 128 tokens, got {longest}"
+    most = 432 if not causal and capability[0] in (9, 10) else 128  # the longer ones need 227 KB of shared memory
+    return None if longest <= most else f"expected sequences of at most {most} tokens, got {longest}"
 
 
 def _fake(qkv, cu_seqlens, heads, causal, max_length):

@@ -1,4 +1,4 @@
-// Attention of short sequences (at most 128 tokens, heads of 64) for NVIDIA GPUs from sm_80 on. A team of warps, one for each 16 tokens
+// Attention of heads of 64 for NVIDIA GPUs from sm_80 on; sequences of more than 128 tokens are in long.cuh. A team of warps, one for each 16 tokens
 // (50 tokens: 4, 77: 5), has a head of a sequence whole in shared memory, and whole rows of the softmax in registers.
 //
 // Bytes are the floor. Forward reads q, k, v and writes out: 4 rows of 128 bytes a token and head. Backward reads q, k, v, dout and writes
@@ -14,16 +14,13 @@
 //
 // Backward has 5 products. A warp makes S, dP and dQ of its own queries; then P and dS pass in 16 bit through shared memory, where k and v
 // were, and it makes dV = Pᵀ·dout and dK = dSᵀ·q of its own keys. No atomics, all sums in a fixed order: equal inputs give equal bits.
-#include "device.cuh"
+#include "long.cuh"
 
 #include <optional>
 #include <tuple>
 
 namespace clipfast {
 namespace {
-
-constexpr int K = 64, kRow = 2 * K;  // columns of a head, and their bytes
-constexpr float kScale = 0.125f;     // 1/√K
 
 // Heads of up to 16 · kTiles tokens: how many a CTA has, which makes four warps of short ones, as a GPU starts about one CTA a cycle and
 // heads of 12 tokens (6 KB forward) would come at 0.4 a cycle; and how many CTAs share an SM. Each of its four schedulers has registers for
@@ -35,142 +32,19 @@ template <> struct Plan<4> { static constexpr int heads = 1, forward = 6, backwa
 template <> struct Plan<5> { static constexpr int heads = 1, forward = 5, backward = 3; };
 template <> struct Plan<8> { static constexpr int heads = 1, forward = 2, backward = 1; };
 
-// [.., heads · K] or [.., 3 · heads · K]: `pitch` elements from token to token, `step` from sequence to sequence where they are dense.
-template <class T> struct Matrix {
-  T* data;
-  int64_t pitch, step;
-};
-
-template <class T> struct Problem {
-  Matrix<const T> qkv;
-  const int* ends;        // cu_seqlens; null: dense, `length` tokens each
-  int64_t tokens, pairs;  // of all sequences; sequences · heads; both below 2³¹
-  int heads, length;
-  bool causal;
-};
-
-// Row-major in shared memory, the chunks of 16 bytes of a row exchanged within eight: the same chunk of eight rows, which ldmatrix reads
-// and `pass` writes at once, lies in different banks.
-__device__ inline int swizzled(int row, int chunk, int pitch = kRow) { return row * pitch + (chunk ^ (row & 7)) * 16; }
-
-// What 16 × 16 elements become of a product: a or b of a·b, as they stand or transposed.
-enum class Take { kA, kATransposed, kB, kBTransposed };
-
-// Where this lane's row of 16 bytes is, of those from a multiple of 16 rows and of 2 chunks on. A lane names a row of one of four 8 × 8
-// matrices, which become, in this order, a's registers 0 to 3, or registers 0 and 1 of b for its first and then its second eight columns
-// (PTX ISA, fragments of mma.m16n8k16).
-template <Take take> __device__ inline int place(int chunk, int pitch = kRow) {
-  const int lane = threadIdx.x & 31;
-  if constexpr (take == Take::kA || take == Take::kB) return swizzled(lane & 15, chunk + (lane >> 4), pitch);
-  return swizzled((lane >> 4) * 8 + (lane & 7), chunk + (lane >> 3 & 1), pitch);
-}
-
-template <Take take> __device__ inline void fragment(uint32_t (&r)[4], const char* at) {
-  if constexpr (take == Take::kA || take == Take::kBTransposed)
-    load_matrices(r, at);
-  else
-    load_matrices_transposed(r, at);
-}
-
-// s [16, 16 · seen] = a [16, K] · bᵀ, b [16 · seen, K]. A loop over k: unrolled, its addresses cost registers.
-template <class T, int kTiles> __device__ inline void scores(float (&s)[2 * kTiles][4], const char* a, const char* b, int seen) {
-#pragma unroll
-  for (int i = 0; i < 8 * kTiles; ++i) s[i / 4][i % 4] = 0.0f;
-#pragma unroll 1
-  for (int k = 0; k < K / 8; k += 2) {
-    uint32_t left[4], right[4];
-    fragment<Take::kA>(left, a + place<Take::kA>(k));
-    const char* const from = b + place<Take::kBTransposed>(k);
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-      if (n < seen) {
-        fragment<Take::kBTransposed>(right, from + 16 * n * kRow);
-        mma_sync<T>(s[2 * n], left, right[0], right[1]);
-        mma_sync<T>(s[2 * n + 1], left, right[2], right[3]);
-      }
-  }
-}
-
-// [16, K] in the registers of a warp.
-struct Sum {
-  float at[K / 8][4] = {};
-  int places[K / 16];
-
-  __device__ Sum() {
-#pragma unroll
-    for (int d = 0; d < K / 16; ++d) places[d] = place<Take::kB>(2 * d);
-  }
-
-  // += a [16, 16] · the 16 rows from `rows`
-  template <class T> __device__ void add(const uint32_t (&a)[4], const char* rows) {
-#pragma unroll
-    for (int d = 0; d < K / 16; ++d) {
-      uint32_t b[4];
-      fragment<Take::kB>(b, rows + places[d]);
-      mma_sync<T>(at[2 * d], a, b[0], b[1]);
-      mma_sync<T>(at[2 * d + 1], a, b[2], b[3]);
-    }
-  }
-
-  // += a [16, 16 · seen] · m
-  template <class T, int kTiles> __device__ void add(const uint32_t (&a)[kTiles][4], const char* m, int seen) {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-      if (n == 0 || n < seen) add<T>(a[n], m + 16 * n * kRow);
-  }
-};
-
-// f(n, tile, i) for the registers of the 16 × 8 results 2·n and 2·n + 1, n below `seen`.
-template <int kTiles, class F> __device__ inline void each(int seen, const F& f) {
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n)
-    if (n < seen)
-#pragma unroll
-      for (int j = 0; j < 8; ++j) f(n, 2 * n + j / 4, j % 4);
-}
-
-// Results as the operand a of the next product.
-template <class T, int kTiles> __device__ inline void as_operand(uint32_t (&a)[kTiles][4], const float (&s)[2 * kTiles][4], int seen) {
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n)
-    if (n < seen)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[n][i] = pack<T>(s[2 * n + i / 2][i % 2 * 2], s[2 * n + i / 2][i % 2 * 2 + 1]);
-}
-
-__device__ inline float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-// The j-th value of lane i of four becomes the i-th of lane j.
-__device__ inline void exchange(uint32_t& even, uint32_t& odd, bool second, int lanes) {
-  const uint32_t got = __shfl_xor_sync(~0u, second ? even : odd, lanes);
-  (second ? even : odd) = got;
-}
-__device__ inline void transpose_in_quad(uint32_t (&r)[4], int lane) {
-  exchange(r[0], r[1], lane & 1, 1), exchange(r[2], r[3], lane & 1, 1);
-  exchange(r[0], r[2], lane & 2, 2), exchange(r[1], r[3], lane & 2, 2);
-}
-
 // A warp of the team that has one head of one sequence.
-template <int kTiles> struct Seat {
+template <int kTiles> struct Seat : Head {
   static constexpr int kBytes = 16 * kTiles * kRow;  // of a matrix of the head
-  int team, warp, lane, head, sequence, start, length = 0;  // start: the sequence's first token among all
+  int team;
 
-  template <class T> __device__ explicit Seat(const Problem<T>& p) : lane(threadIdx.x & 31) {
+  template <class T> __device__ explicit Seat(const Problem<T>& p) {
     const int number = __shfl_sync(~0u, static_cast<int>(threadIdx.x >> 5), 0);  // known to be uniform
-    team = number / kTiles, warp = number % kTiles;
-    const uint32_t pair = blockIdx.x * Plan<kTiles>::heads + team, heads = p.heads;
-    if (pair >= p.pairs) return;
-    head = pair % heads, sequence = pair / heads;
-    start = p.ends ? p.ends[sequence] : sequence * p.length;
-    length = min(p.ends ? p.ends[sequence + 1] - start : p.length, 16 * kTiles);  // max_length is the caller's word
+    team = number / kTiles, warp = number % kTiles, lane = threadIdx.x & 31;
+    const uint32_t pair = blockIdx.x * Plan<kTiles>::heads + team;
+    if (pair < p.pairs) choose(p, pair, 16 * kTiles);
   }
 
-  __device__ bool idle() const { return 16 * warp >= length; }
-  __device__ int tiles() const { return (length + 15) >> 4; }  // as many warps are not idle
-  __device__ int row(int half) const { return 16 * warp + 8 * half + (lane >> 2); }  // of registers 2·half, 2·half + 1 of results
+  __device__ bool idle() const { return 16 * warp >= length; }  // as many warps are not as there are tiles
   // Tiles of keys that these queries see; in the last of them some are hidden.
   __device__ int seen(bool causal) const { return causal ? warp + 1 : tiles(); }
   __device__ bool hidden(bool causal, bool last, int tile, int i) const {
@@ -182,35 +56,6 @@ template <int kTiles> struct Seat {
 #pragma unroll
     for (int i = 0; i < Plan<kTiles>::heads; ++i)
       if (i == team) sync_threads(i, 32 * tiles());
-  }
-
-  template <class T> __device__ int64_t of_lse(const Problem<T>& p, int row) const { return head * p.tokens + start + row; }
-  template <class T> __device__ T* of(const Matrix<T>& m, bool packed) const {
-    return m.data + (packed ? start * m.pitch : sequence * m.step) + head * K;
-  }
-
-  // This warp's 16 rows, each by eight lanes. Behind the sequence's end zeros: 0 · NaN is NaN.
-  template <class T> __device__ void load(char* to, const T* from, int64_t pitch) const {
-    const int first = 16 * warp + (lane >> 3), chunk = lane & 7;
-    from += first * pitch + 8 * chunk;
-#pragma unroll
-    for (int i = 0; i < 4; ++i, from += 4 * pitch)
-      copy_async(to + swizzled(first + 4 * i, chunk), from, first + 4 * i < length ? 16 : 0);
-  }
-
-  // This warp's 16 rows, times a factor of the row: 16 bytes a lane, 64 of a row at once.
-  template <class T> __device__ void store(T* to, int64_t pitch, const Sum& sum, float upper, float lower) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int d = 0; d < K / 8; d += 4) {
-        const float by = half ? lower : upper;
-        Vector<uint32_t> v;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) v.at[i] = pack<T>(sum.at[d + i][2 * half] * by, sum.at[d + i][2 * half + 1] * by);
-        transpose_in_quad(v.at, lane);
-        if (row(half) < length) *reinterpret_cast<Vector<uint32_t>*>(to + row(half) * pitch + 8 * (d + (lane & 3))) = v;
-      }
   }
 };
 
@@ -344,7 +189,7 @@ template <class F> void by_length(const Call& call, int64_t longest, int64_t pai
   if (longest <= 64) return f(std::integral_constant<int, 4>{});
   if (longest <= 80) return f(std::integral_constant<int, 5>{});
   if (longest <= 128) return f(std::integral_constant<int, 8>{});
-  throw std::runtime_error(std::string(call.op) + " on CUDA: expected sequences of at most 128 tokens");
+  throw std::runtime_error(std::string(call.op) + " on CUDA: expected causal sequences of at most 128 tokens");
 }
 
 template <int kTiles> Shape shape(int64_t pairs, int matrices) {
@@ -354,17 +199,21 @@ template <int kTiles> Shape shape(int64_t pairs, int matrices) {
 
 // out: [tokens, heads · K], lse: [heads, tokens]; `longest`: no sequence is longer.
 template <class T> void forward(const Call& call, const Problem<T>& p, int64_t longest, T* out, float* lse) {
+  const Matrix<T> to{out, int64_t{p.heads} * K, 0};
+  if (longest > 128 && !p.causal) return forward_long(call, p, longest, to, lse);
   by_length(call, longest, p.pairs, [&](auto tiles) {
-    const Matrix<T> to{out, int64_t{p.heads} * K, 0};
     launch(call, forward_kernel<T, tiles.value>, shape<tiles.value>(p.pairs, 3), p, to, lse);
   });
 }
 
 // dqkv: [tokens, 3 · heads · K]
 template <class T>
-void backward(const Call& call, const Problem<T>& p, int64_t longest, const Matrix<const T>& dout, const float* lse, T* dqkv) {
+void backward(
+    const Call& call, const Problem<T>& p, int64_t longest, const Matrix<const T>& dout, const Matrix<const T>& out, const float* lse,
+    T* dqkv) {
+  const Matrix<T> to{dqkv, int64_t{3} * p.heads * K, 0};
+  if (longest > 128 && !p.causal) return backward_long(call, p, longest, dout, out, lse, to);
   by_length(call, longest, p.pairs, [&](auto tiles) {
-    const Matrix<T> to{dqkv, int64_t{3} * p.heads * K, 0};
     launch(call, backward_kernel<T, tiles.value>, shape<tiles.value>(p.pairs, 4), p, dout, lse, to);
   });
 }
@@ -425,12 +274,13 @@ std::tuple<Tensor, Tensor> forward_op(
 }
 
 Tensor backward_op(
-    const Tensor& dout_, const Tensor&, const Tensor& lse_, const Tensor& qkv, const std::optional<Tensor>& cu_seqlens, int64_t heads,
+    const Tensor& dout_, const Tensor& out_, const Tensor& lse_, const Tensor& qkv, const std::optional<Tensor>& cu_seqlens, int64_t heads,
     bool causal, int64_t max_length) {
   const Inputs in(qkv, cu_seqlens, heads, causal, max_length);
-  const Tensor dout = with_aligned_rows(dout_), lse = contiguous(lse_), dqkv = new_empty(qkv, qkv.sizes());
+  const Tensor dout = with_aligned_rows(dout_), out = with_aligned_rows(out_), lse = contiguous(lse_);
+  const Tensor dqkv = new_empty(qkv, qkv.sizes());
   in.run([&]<class T>(const Problem<T>& p) {
-    backward(in.call, p, in.longest, matrix<T>(dout), data<float>(lse), data<T>(dqkv));
+    backward(in.call, p, in.longest, matrix<T>(dout), matrix<T>(out), data<float>(lse), data<T>(dqkv));
   });
   return dqkv;
 }

@@ -25,7 +25,7 @@ using namespace clipfast;
 using emulated::Memory;
 
 struct Given {
-  const void *qkv, *dout, *ends;
+  const void *qkv, *dout, *out, *ends;
   int64_t span, pitch, step, dout_span, dout_pitch, dout_step, B, tokens, longest, heads, causal, half, seed;
 };
 
@@ -49,7 +49,9 @@ extern "C" const char* attention(const Given& g, void* out, float* lse) {
 extern "C" const char* attention_backward(const Given& g, const float* lse, void* dqkv) {
   return run(g, [&]<class T>(Memory& m, const Call& call, const Problem<T>& p) {
     const Matrix<const T> dout{m.in<T>(g.dout, g.dout_span), g.dout_pitch, g.dout_step};
-    backward(call, p, g.longest, dout, m.in<float>(lse, g.heads * g.tokens),
+    const int64_t C = g.heads * K;
+    const Matrix<const T> out{m.in<T>(g.out, g.tokens * C), C, g.longest * C};
+    backward(call, p, g.longest, dout, out, m.in<float>(lse, g.heads * g.tokens),
              m.out(static_cast<T*>(dqkv), g.tokens * 3 * g.heads * K));
   });
 }
@@ -58,7 +60,7 @@ extern "C" const char* attention_backward(const Given& g, const float* lse, void
 
 class Given(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("qkv", "dout", "ends")),
+        *((name, ctypes.c_void_p) for name in ("qkv", "dout", "out", "ends")),
         *((name, ctypes.c_int64) for name in ("span", "pitch", "step", "dout_span", "dout_pitch", "dout_step", "B", "tokens")),
         *((name, ctypes.c_int64) for name in ("longest", "heads", "causal", "half", "seed")),
     ]
@@ -94,7 +96,7 @@ class Emulated:
         dout, qkv = _aligned(dout), _aligned(qkv)
         given = self._given(qkv, *rest)
         given.dout, given.dout_span, given.dout_pitch = dout.data_ptr(), _span(dout), dout.stride(-2)
-        given.dout_step = dout.stride(0)
+        given.dout_step, given.out = dout.stride(0), out.data_ptr()
         dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         self._call("attention_backward", given, lse, dqkv)
         return dqkv
@@ -125,12 +127,16 @@ def _span(x: Tensor) -> int:
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulated]:
     backend, found = Emulated(compiled(HARNESS, tmp_path_factory.mktemp("emulated"))), OP.backend
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         patch.setattr(OP, "backend", lambda name: backend if name == "cuda" else found(name))
         yield backend
 
 
-CASES = {name: case for name, case in spec.CASES.items() if case.get("K", 64) == 64 and max(case["lengths"], default=0) <= 128}
+CASES = {
+    name: case
+    for name, case in spec.CASES.items()
+    if case.get("K", 64) == 64 and max(case["lengths"], default=0) <= (128 if case.get("causal") else 432)
+}
 CASES |= {
     "L16, heads over CTAs": dict(lengths=(16, 16, 16), heads=3),
     "L32, causal": dict(lengths=(32,) * 2, heads=3, causal=True),
@@ -145,6 +151,9 @@ CASES |= {
     "packed, of all lengths, causal": dict(lengths=(1, 0, 128, 17, 0, 49, 1), packed=True, causal=True),
     "packed, of up to 16": dict(lengths=(9, 0, 1, 16, 5), heads=2, packed=True, causal=True),
     "sharp, causal": dict(lengths=(77,), spread=8.0, causal=True),
+    "L129, two heads": dict(lengths=(129,), heads=2),
+    "L208, sharp": dict(lengths=(208,), spread=8.0),
+    "packed, of all lengths up to 144": dict(lengths=(0, 144, 1, 16, 0, 33), packed=True),
 }
 
 
@@ -169,6 +178,11 @@ def test_matches_spec(emulated: Emulated, name: str, dtype: str) -> None:
     assert not disagreements("attention", "cuda", inputs(DTYPES[dtype], **CASES[name]))
 
 
+@pytest.mark.slow
+def test_the_longest(emulated: Emulated) -> None:
+    assert not disagreements("attention", "cuda", inputs(torch.bfloat16, lengths=(432,)))
+
+
 def truth(given: dict[str, Any], upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse [H, T] and dqkv in float64."""
     wide = given["qkv"].detach().double().requires_grad_()
@@ -190,8 +204,8 @@ def truth(given: dict[str, Any], upstream: Tensor) -> tuple[Tensor, Tensor, Tens
 @pytest.mark.parametrize(
     ("length", "causal", "dtype"),
     by_turns(
-        *((length, causal, i + causal) for i, length in enumerate((1, 2, 15, 17, 31, 48, 50, 63, 77, 79, 100, 127))
-          for causal in (False, True))
+        *((length, causal, i + causal) for i, length in enumerate((1, 2, 15, 17, 31, 48, 50, 63, 77, 79, 100, 127, 145))
+          for causal in (False, True) if length <= 128 or not causal)
     ),
 )  # fmt: skip
 def test_every_row_of_strided_tensors(emulated: Emulated, length: int, causal: bool, dtype: str) -> None:
@@ -215,11 +229,11 @@ def test_every_row_of_strided_tensors(emulated: Emulated, length: int, causal: b
         assert error.max() < eps, f"row off by {error.max() / eps:.2f} eps"
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("L", "causal"), [(70, False), (70, True), (130, False)])
 @pytest.mark.parametrize("part", ["q", "k", "v", "dout"])
-def test_nan_reaches_what_depends_on_it_and_no_other_head(emulated: Emulated, part: str, causal: bool) -> None:
+def test_nan_reaches_what_depends_on_it_and_no_other_head(emulated: Emulated, part: str, L: int, causal: bool) -> None:
     """Rows and keys that do not see each other may have the NaN or not: 0 · NaN is one, for the reference too."""
-    L, H, at = 70, 2, 37
+    H, at = 2, 37
     given = inputs(torch.bfloat16, lengths=(L, L), heads=H, causal=causal)
     qkv, dout = given["qkv"].detach(), torch.ones(2, L, 64 * H, dtype=torch.bfloat16)
     (dout if part == "dout" else qkv.unflatten(-1, (3, -1))[:, :, "qkv".index(part)])[1, at, 70] = torch.nan
@@ -236,19 +250,21 @@ def test_nan_reaches_what_depends_on_it_and_no_other_head(emulated: Emulated, pa
     assert part == "dout" or got[0].isnan().any()
 
 
-def test_a_length_beyond_max_length_is_cut(emulated: Emulated) -> None:
+@pytest.mark.parametrize(("length", "most"), [(40, 16), (180, 144)])
+def test_a_length_beyond_max_length_is_cut(emulated: Emulated, length: int, most: int) -> None:
     """A GPU trusts the caller's bound; a wrong one writes nothing outside shared memory."""
-    given = inputs(torch.float16, lengths=(3, 40, 5), packed=True)
+    given = inputs(torch.float16, lengths=(3, length, 5), packed=True)
     qkv, ends = given["qkv"].detach(), given["cu_seqlens"]
-    out, lse = emulated.forward(qkv, ends, 1, False, 16)
-    dqkv = emulated.backward(torch.ones_like(out), out, lse, qkv, ends, 1, False, 16)
-    assert out[19:43].isnan().all() and dqkv[19:43].isnan().all()  # not written
-    assert not out[:19].isnan().any() and not out[43:].isnan().any()
+    out, lse = emulated.forward(qkv, ends, 1, False, most)
+    dqkv = emulated.backward(torch.ones_like(out), out, lse, qkv, ends, 1, False, most)
+    cut = slice(3 + most, 3 + length)
+    assert out[cut].isnan().all() and dqkv[cut].isnan().all()  # not written
+    assert not out[: cut.start].isnan().any() and not out[cut.stop :].isnan().any()
 
 
 def test_what_it_supports() -> None:
-    def reason(shape: tuple[int, ...], dtype=torch.bfloat16, ends: Tensor | None = None, heads=2, longest=0) -> str | None:
-        return _supports_cuda(_on_gpu(torch.empty(shape, dtype=dtype)), ends, heads, False, longest)
+    def reason(shape: tuple[int, ...], dtype=torch.bfloat16, ends: Tensor | None = None, heads=2, longest=0, causal=False):
+        return _supports_cuda(_on_gpu(torch.empty(shape, dtype=dtype)), ends, heads, causal, longest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
@@ -256,6 +272,10 @@ def test_what_it_supports() -> None:
         assert reason((4, 128, 384)) is None and reason((999, 384), torch.float16, ends, longest=128) is None
         assert reason((4, 129, 384)) == "expected sequences of at most 128 tokens, got 129"
         assert reason((999, 384), ends=ends, longest=500) == "expected sequences of at most 128 tokens, got 500"
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        assert reason((4, 432, 384)) is None
+        assert reason((4, 433, 384)) == "expected sequences of at most 432 tokens, got 433"
+        assert reason((4, 129, 384), causal=True) == "expected sequences of at most 128 tokens, got 129"
         assert reason((4, 50, 384), torch.float32) == "expected float16 or bfloat16, got torch.float32"
         assert reason((4, 50, 384), heads=4) == "expected heads of 64 columns, got 32"
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

@@ -24,6 +24,7 @@ from clipfast.data import UNREADABLE, DataConfig, FromFile, Source, Tally, train
 from clipfast.evaluate import TEMPLATES, classify, embed, retrieval_source, zero_shot_source
 from clipfast.evaluate.classifiers import classifier_source
 from clipfast.evaluate.command import Measure, SuiteOptions, by_head, measure, suite_of
+from clipfast.evaluate.datasets import tars_at
 from clipfast.files import output_folder, parsed, read_parsed, replacing
 from clipfast.info import info
 from clipfast.inputs import Preprocess, read_image
@@ -68,7 +69,11 @@ class Eval:
 @dataclass
 class Embed:
     out: Annotated[str, "folder for the vectors (img_emb/, text_emb/, ...) and what they are of (metadata/)"]
-    features: Annotated[str, "image, text, and hidden (of images, before the projection), joined by commas"] = "image"
+    features: Annotated[
+        str,
+        "image, text, and hidden (of images, before the projection), joined by commas; of a table without images text, with"
+        " --image-column caption",
+    ] = "image"
     format: Annotated[
         str,
         "npy (metadata .jsonl), clip-retrieval (metadata .parquet, as its index and back-end read them) or parquet (vectors"
@@ -207,6 +212,8 @@ def run_embed(data: DataConfig, options: Embed) -> None:
     """Write the vectors of a folder, a table or shards, alone or on every process that torchrun starts; a second call goes on
     where the first was interrupted."""
     with joined(options.device or "auto", timeout=LONG) as job:
+        if "://" in data.data and ".tar" not in data.data:  # a folder of shards far away
+            data = replace(data, data="::".join(tars_at(data.data)))
         source = data.open()
         model, preprocess = _load_to_read(options.model, str(job.device))
         parts = embed(

@@ -109,7 +109,7 @@ class EvalSet:
         if "://" in path:
             if isinstance(path, FromFile):
                 check_address(path)
-            return Shards(_listed(path) if not path.endswith(".tar") else path, label_field=label)
+            return Shards(tars_at(path) if not path.endswith(".tar") else path, label_field=label)
         if Path(path).is_dir() and (tars := tars_in(path)):
             return Shards(tars, label_field=label)
         if not Path(path).exists() and not any(sign in path for sign in "*{:"):
@@ -164,7 +164,7 @@ def read_text(path: str) -> str:
         return file.read()
 
 
-def _listed(path: str) -> list[str]:
+def tars_at(path: str) -> list[str]:
     """The tars of a remote folder."""
     import fsspec
 

@@ -201,7 +201,7 @@ class _Maker:
         for good, made in encode_samples(self.model, self.preprocess, samples, self.store.features, **self.reading):
             for own, blocks in found.items():
                 blocks.append(made[own].cpu().numpy().astype(self.dtype))
-            rows += map(row_of, good)
+            rows += [row_of(sample, self.store.features) for sample in good]
             which += map(id, good)
             bar.update(len(good))
         return Part(rows, {own: np.concatenate(blocks) for own, blocks in found.items()}), which
@@ -225,9 +225,10 @@ class _Maker:
         return Part([of.rows[row] for of, row in picked], vectors)
 
 
-def row_of(sample: Sample) -> Row:
+def row_of(sample: Sample, features: Sequence[str] = ("image",)) -> Row:
     """What is kept beside a row of vectors."""
-    path = {"image_path": str(sample.image)} if isinstance(sample.image, str | Path) else {}
+    of_image = isinstance(sample.image, str | Path) and [*features] != ["text"]
+    path = {"image_path": str(sample.image)} if of_image else {}
     return sample.meta | path | {"key": sample.key, "caption": sample.caption}
 
 

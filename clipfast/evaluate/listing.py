@@ -85,7 +85,7 @@ def _of_image(image: Any) -> Entry:
     if isinstance(image, str | os.PathLike):
         try:
             return _of_file(image)
-        except OSError:  # it will be counted as unreadable
+        except (OSError, ValueError):  # it will be counted as unreadable, if it is read at all
             return [None, None]
     if isinstance(image, bytes | bytearray | memoryview):
         return [len(image), digest(image)]

@@ -163,7 +163,7 @@ def _of_model(model: str, suite: Suite, cells: Path, load: Callable[..., Any], r
                     results = row | bench.run(task)
                     with replacing(place) as file:
                         file.write(json.dumps(results).encode())
-                yield json.loads(place.read_text())
+                yield read_parsed(place)
             except Exception as error:  # whatever it is, the other rows go on
                 yield row | {"reason": " ".join(str(error).split())[:400] or type(error).__name__}
 

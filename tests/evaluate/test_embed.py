@@ -173,6 +173,36 @@ def test_arrays_are_known_by_their_content(model, tmp_path, encodings):
         embed(model, PREPROCESS, from_arrays(images, ["a", "b", "a", "a"]), tmp_path / "out")
 
 
+def test_texts_of_a_table_without_images_by_the_command_line(model, tmp_path, capsys):
+    export(model, tmp_path / "m.safetensors")
+    (tmp_path / "t.csv").write_text("caption\na red square\n" + "a long " * 60 + "\n")
+    common = [str(tmp_path / "t.csv"), str(tmp_path / "out"), "--model", str(tmp_path / "m.safetensors"), "--device", "cpu"]
+    assert main(["embed", *common, "--features", "text", "--image-column", "caption", "--format", "parquet"]) == 0
+    assert f"1 parts in {tmp_path / 'out'}" in capsys.readouterr().out
+    found = read_features(tmp_path / "out")
+    assert found.rows[0] == {"key": "a red square", "caption": "a red square"}
+    np.testing.assert_allclose(found.vectors["text"][0], reference_text(model, "a red square"), atol=1e-5)
+    (tmp_path / "t.csv").write_text("caption\na red square\na blue one\n")
+    again = ["embed", *common, "--features", "text", "--image-column", "caption", "--format", "parquet"]
+    assert main(again) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "there are 1 added (a blue one), 1 removed (a long" in told and "--refresh" in told
+    assert main([*again, "--refresh"]) == 0 and len(read_features(tmp_path / "out").rows) == 2
+    assert main([*again[:5], "--features", "text", "--image-column", "caption"]) == 2
+    assert "but format parquet -> npy; choose another folder" in capsys.readouterr().err
+
+
+def test_a_folder_of_shards_far_away(model, tmp_path, capsys):
+    export(model, tmp_path / "m.safetensors")
+    write_shards(tmp_path / "data", shards=2, each=4)
+    system = fsspec.filesystem("memory")
+    for name in ("000.tar", "001.tar"):
+        system.pipe(f"/far/test/{name}", (tmp_path / "data" / name).read_bytes())
+    given = ["--model", str(tmp_path / "m.safetensors"), "--device", "cpu"]
+    assert main(["embed", "memory://far/test", str(tmp_path / "out"), *given]) == 0
+    assert keys(read_features(tmp_path / "out")) == [f"{number:04}" for number in range(8)]
+
+
 # ---- going on ----------------------------------------------------------------------------------------------------------------
 
 

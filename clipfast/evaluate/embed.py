@@ -37,7 +37,7 @@ from clipfast.evaluate.store import (
     settle,
     write_json,
 )  # fmt: skip
-from clipfast.files import locked, output_folder
+from clipfast.files import LOCK, locked, output_folder
 from clipfast.inputs import Preprocess
 from clipfast.model import CLIP
 from clipfast.train.job import ALONE, Job
@@ -76,9 +76,12 @@ def embed(
         def begin() -> tuple[bool, list[int]] | None:
             if job.rank:
                 return None
+            listing = listed(source)
+            if _is_complete(Store(folder, form, features), key, listing):
+                return False, []
             stack.enter_context(output_folder(out))
             stack.enter_context(locked(folder))
-            return _begin(folder, key, listed(source), len(units), refresh)
+            return _begin(folder, key, listing, len(units), refresh)
 
         plan = together(job, begin, lambda made: made)[1][0]
         assert plan is not None  # rank 0's
@@ -255,6 +258,14 @@ def _known(store: Store, done: dict[int, Any], units: Units) -> dict[str, Any]:
                 known[_text(entry)] = (part_name(unit, 0), row)
                 row += 1
     return known
+
+
+def _is_complete(store: Store, key: dict[str, Any], listing: list[Entry]) -> bool:
+    """Whether nothing is to be done, not even to be tidied up: several processes may then read at once, and need not write."""
+    about = store.about() or {}
+    if (store.folder / LOCK).exists() or (store.folder / REFRESH).exists() or "parts" not in about:
+        return False
+    return all(about.get(name) == value for name, value in key.items()) and not differences(store.listing(), listing)
 
 
 def _begin(folder: Path, key: dict[str, Any], listing: list[Entry], units: int, refresh: bool) -> tuple[bool, list[int]]:

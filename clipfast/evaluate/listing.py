@@ -90,7 +90,7 @@ def _of_image(image: Any) -> Entry:
     if isinstance(image, bytes | bytearray | memoryview):
         return [len(image), digest(image)]
     if isinstance(image, Image.Image):
-        return [image.size, digest(f"{image.mode} {image.size}".encode() + image.tobytes())]
+        return [list(image.size), digest(f"{image.mode} {image.size}".encode() + image.tobytes())]
     if isinstance(image, np.ndarray | Tensor):
         array = np.ascontiguousarray(image)
         return [list(array.shape), digest(f"{array.dtype} {array.shape}".encode() + array.tobytes())]

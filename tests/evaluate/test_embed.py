@@ -1,5 +1,6 @@
 """Features on disk: the right vectors, made once, whatever interrupts the making and whoever shares it."""
 
+import importlib
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from clipfast.data.sources import from_arrays, read_folder, read_table
 from clipfast.evaluate import embed, read_features, zero_shot_source
 from clipfast.evaluate.embed import depends_on, weights_digest
 from clipfast.evaluate.listing import differences
-from clipfast.files import locked
+from clipfast.files import LOCK, locked
 from clipfast.inputs.image import Preprocess
 from clipfast.model import CLIP
 from clipfast.weights import export
@@ -30,6 +31,7 @@ from tests.data.test_data import caption, png, write_shards, write_table
 from tests.evaluate.test_evaluate import PREPROCESS, SIZES, reference_image, reference_text, write_folders
 from tests.model.test_model import shake
 
+module = importlib.import_module("clipfast.evaluate.embed")  # the name is the function's
 ROOT = Path(__file__).parents[2]
 
 
@@ -166,6 +168,10 @@ def test_arrays_are_known_by_their_content(model, tmp_path, encodings):
     embed(model, PREPROCESS, from_arrays(images, ["a"] * 4), tmp_path / "out")
     embed(model, PREPROCESS, from_arrays([own.copy() for own in images], ["a"] * 4), tmp_path / "out")
     assert sum(encodings) == 4
+    drawn = [Image.fromarray(own) for own in images]
+    for _ in range(2):
+        embed(model, PREPROCESS, from_arrays(drawn, ["a"] * 4), tmp_path / "drawn")
+    assert sum(encodings) == 8
     for changed in (images[:3] + [images[3] + 1], [Image.fromarray(own) for own in images[:3]] + [png(1)]):
         with pytest.raises(ValueError, match=r"there are .*1 changed \(3\)|4 changed \(0, 1, 2, ...\)"):
             embed(model, PREPROCESS, from_arrays(changed, ["a"] * 4), tmp_path / "out")
@@ -326,6 +332,18 @@ def test_two_on_one_folder(model, tmp_path):
         embed(model, PREPROCESS, read_folder(tmp_path / "data"), tmp_path / "out")
 
 
+def test_what_is_complete_is_only_read(model, tmp_path, monkeypatch):
+    """By several at once, and from a folder that nobody may write to."""
+    write_folders(tmp_path / "data")
+    embed(model, PREPROCESS, read_folder(tmp_path / "data"), tmp_path / "out")
+
+    def refused(*_):
+        raise AssertionError("no lock is needed")
+
+    monkeypatch.setattr(module, "locked", refused)
+    assert embed(model, PREPROCESS, read_folder(tmp_path / "data"), tmp_path / "out") == 1
+
+
 def test_what_vectors_depend_on(model):
     """Weights, activation, heads, preprocessing, dtype, which features: each alone is another key."""
     torch.manual_seed(0)
@@ -429,6 +447,7 @@ def test_a_folder_that_was_tampered_with(model, tmp_path, name, text, message):
     write_folders(tmp_path / "data")
     embed(model, PREPROCESS, read_folder(tmp_path / "data"), tmp_path / "out")
     (tmp_path / "out" / name).write_text(text)
+    (tmp_path / "out" / LOCK).touch()  # of a process that was killed: all is looked at
     with pytest.raises(ValueError, match=re.escape(message)):
         embed(model, PREPROCESS, read_folder(tmp_path / "data"), tmp_path / "out")
 

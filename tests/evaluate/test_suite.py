@@ -18,7 +18,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, confusion_matrix
 
 from clipfast.cli import main
-from clipfast.evaluate import encode_texts, metrics, retrieval_source
+from clipfast.data.sources import read_folder
+from clipfast.evaluate import encode_texts, metrics, retrieval_source, zero_shot_source
 from clipfast.evaluate.datasets import EvalSet, class_weights
 from clipfast.evaluate.features import unprojected
 from clipfast.evaluate.figures import overlap_table, page
@@ -312,6 +313,18 @@ def test_overlap_bias_and_robustness_by_the_command_line(model: CLIP, root: Path
     capsys.readouterr()
     assert main(["eval", test, *common, "bias", "--designs", str(tmp_path / "d.json")]) == 2
     assert "expected a .csv or .tsv" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("predicts", ["words", "caption"])
+def test_a_model_that_predicts_captions(root: Path, predicts: str) -> None:
+    """Figure 2's rivals: the class whose prompt is the likeliest, as `zero_shot_source` has it."""
+    torch.manual_seed(0)
+    model = CLIP(**SIZES, predicts=predicts).eval()
+    found = Bench(model, PREPROCESS, colours(root, templates=("a {}", "the {}"))).run("zero-shot")
+    named = {"red": "red", "green": "lawn", "blue": "blue"}
+    expected = zero_shot_source(model, PREPROCESS, read_folder(root / "test"), named, ["a {}", "the {}"])
+    assert {name: found[name] for name in ("top1", "top5")} == {name: expected[name] for name in ("top1", "top5")}
+    assert 0 <= found["contextless"] <= 1 and len(found["example"]["guesses"]) == 3
 
 
 def test_classes_and_images_that_do_not_meet(model: CLIP, root: Path, caplog) -> None:

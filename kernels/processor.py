@@ -41,7 +41,7 @@ def _chosen(asked: str | None) -> str:
     if said.startswith("AVX") and said != _SAID.get(asked):
         first = " ".join(f"{name}={value}" for name, value in tells.items())
         raise RuntimeError(
-            f"CLIPFAST_CPU={asked}: torch computes with {said} already; import clipfast before torch computes, or set {first} too"
+            f"CLIPFAST_CPU={asked}: torch computes with {said} already: import clipfast before torch computes, or set {first}"
         )
     return asked
 

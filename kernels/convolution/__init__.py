@@ -15,13 +15,16 @@ _BACKWARD = "(Tensor dy, Tensor x, Tensor weight, int stride, bool need_x, bool 
 # Measured on an EPYC of Zen 5 against oneDNN, at the sizes of the demo and of RN50, forward and backward: 1.0 to 1.8 x as fast
 # up to here, 0.3 to 1.1 x beyond (bench/test_kernels.py, "convolution").
 MOST = 1 << 15
+# With AVX2 only from here on (of RN50 the last of the stem and the first stage), where forward and backward are 1.3 to 1.4 x as
+# fast as oneDNN's; at the demo's sizes 0.9 to 1.0 x (a Zen 5 held to AVX2).
+LEAST_AVX2 = 1 << 12
 
 
 @transformable
 def convolution(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """The convolutions of a ResNet.
 
-    ``F.conv2d``, the vendor's, but for fp32 of few channels on a CPU with AVX-512. Autocast holds.
+    ``F.conv2d``, the vendor's, but for fp32 of few channels on a CPU. Autocast holds.
 
     Args:
         x: [B, I, H, W], of any strides; channels-last is the fast one.
@@ -58,8 +61,8 @@ def _supports_cpu(*args: object) -> str | None:
     stride = next(a for a in args if isinstance(a, int))
     if any(not t.is_cpu or t.dtype != torch.float32 for t in (*images, weight)):
         return "expected float32 tensors on the CPU"
-    if processor.NAME != "avx512" and not dispatch.forced():
-        return "oneDNN is as fast on a processor without AVX-512"
+    if processor.NAME != "avx512" and weight.numel() < LEAST_AVX2 and not dispatch.forced():
+        return f"oneDNN is as fast for less than {LEAST_AVX2:,} weights without AVX-512, got {weight.numel():,}"
     O, I, size, _ = weight.shape
     if size == 1 and (O % 16 or I % 16 or stride > 1):
         return f"expected multiples of 16 channels for 1 × 1, got a weight {tuple(weight.shape)} and stride {stride}"

@@ -54,17 +54,29 @@ LACKS = _lacks()
 
 def supports(*args: Any) -> str | None:
     tensors = [a for a in args if isinstance(a, Tensor)]
-    if reason := _absent() if dispatch.forced() else LACKS:
+    asked = dispatch.forced() or any(t.is_mkldnn for t in tensors)
+    if reason := _absent() if asked else LACKS:
         return reason
+    return _of_other_kind(tensors)
+
+
+def _of_other_kind(tensors: list[Tensor]) -> str | None:
     if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors):
         return f"expected float32 on the CPU, got {', '.join(sorted({f'{t.dtype} on {t.device}' for t in tensors}))}"
     return None
 
 
 def lacks_packed(weight: Tensor) -> str | None:
-    """Why this weight is not to be packed, or None."""
-    forced = dispatch.forced()
-    return supports(weight) if forced in (None, "onednn") else f"{forced} is forced, which does not read it"
+    """Why this weight is not to be packed, or None.
+
+    It pays with AVX2 too, where the choice is F.linear without: products of 12 rows take 0.65 to 0.9 of its time, of 50 rows
+    0.66 to 0.9, of 400 rows 0.8 to 0.9 (a Zen 5 held to AVX2, a core).
+    """
+    if (forced := dispatch.forced()) not in (None, "onednn"):
+        return f"{forced} is forced, which does not read it"
+    if processor.NAME not in ("avx512", "avx2"):
+        return f"expected a processor with AVX-512 or AVX2, got {processor.NAME}"
+    return _absent() or _of_other_kind([weight])
 
 
 def packed(weight: Tensor) -> Tensor:

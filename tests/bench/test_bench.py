@@ -6,6 +6,7 @@ import ast
 import copy
 import ctypes
 import json
+import os
 import random
 import subprocess
 import sys
@@ -123,6 +124,74 @@ def test_a_benchmark_runs_and_writes_a_valid_record(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         assert one["rivals"]["Liger"] == {"absent": "measured on CUDA only"}
         assert "not run: apex, Liger, QuACK, compiled (measured on CUDA only)" in done.stdout
+
+
+def test_a_rival_that_does_not_import_is_its_reason(monkeypatch) -> None:
+    from bench import rivals, test_losses, test_towers
+
+    assert rivals.imported("no_such_module") == "ModuleNotFoundError: No module named 'no_such_module'"
+    monkeypatch.setattr(test_losses, "open_clip", "gone")
+    for name in ("clip", "siglip"):
+        found = test_losses.contenders(name, 8, compiled=True)
+        assert found["open_clip"] == found["compiled open_clip"] == "gone" and callable(found["ours"])
+    monkeypatch.setattr(rivals, "imported", lambda module: "gone")
+    assert rivals.open_clip_model({}, {}) == rivals.open_clip == "gone"
+    assert test_towers.against("gone", print, False) == {"open_clip": "gone", "open_clip compiled": "gone"}
+
+
+@pytest.mark.slow
+def test_the_benchmarks_and_a_gpus_tests_are_collected_without_any_rival(tmp_path: Path) -> None:
+    for name in ("open_clip", "torchvision", "timm", "transformers", "webdataset", "inf_cl", "siglip_kernel"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError(__name__)")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--co",
+        "bench/test_kernels.py",
+        "bench/test_losses.py",
+        "bench/test_towers.py",
+    ]
+    paths = dict(PYTHONPATH=str(tmp_path))
+    done = subprocess.run([*command, "bench/test_text_and_images.py", "tests/loss/test_loss.py"], cwd=ROOT, env=os.environ | paths,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0 and "test_training_step" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_what_asks_the_device_is_found_before_it_is_captured(monkeypatch, asks: bool) -> None:
+    """Within a capture it would break the process. With torch's names for a GPU played."""
+    mode, said = ["default"], []
+
+    class Played:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            said.append("enter")
+
+        def __exit__(self, *error: Any) -> None:
+            said.append("exit")
+
+        def wait_stream(self, stream: Any) -> None:
+            pass
+
+        replay = "replay"
+
+    for name in ("Stream", "CUDAGraph", "stream", "graph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Played)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda name: mode.append(name))
+
+    def call() -> None:
+        said.append(mode[-1])
+        if asks and mode[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    assert measure.captured(call) == (None if asks else "replay") and mode[-1] == "default"
+    tried = ["enter", "default", "error"]
+    assert said == ([*tried, "exit"] if asks else [*tried, "enter", "default", "exit", "exit"])
 
 
 # ---- the run of make cpu-check and gpu-check ---------------------------------------------------------------------------------

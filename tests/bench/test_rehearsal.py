@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -244,3 +245,34 @@ def test_every_stage_on_the_stand_in_as_it_is_and_broken(stand_in: Path, monkeyp
         assert made["stages"][0]["code"] == {"kill": -9, "hang": "hung"}.get(kind, 1)
         found = [sum(map(len, (made["rows"], made["light"], made["parts"], made["tests"]))) for made in (whole, made)]
         assert 0 < found[1] <= found[0] or name in ("tests of the losses", "roofline")
+
+
+# ---- several ranks -----------------------------------------------------------------------------------------------------------
+
+
+def one_rank(rank: int, path: str, port: int) -> None:
+    """A process of torchrun's, over gloo and at tiny sizes."""
+    from bench import ranks, sizes
+    from clipfast.model import MODELS
+
+    torch.set_num_threads(1)
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    tiny = dict(image_resolution=32, vision_layers=1, vision_width=64, vision_patch_size=16, transformer_width=64)
+    MODELS["ViT-B/32"] |= tiny | dict(transformer_heads=1, transformer_layers=1, embed_dim=16)
+    sizes.LOSSES, sizes.WIDTH, sizes.PAIRS, ranks.ROUNDS = [64], 16, [4], 1
+    for what in ("losses", "ddp", "fsdp"):
+        ranks.main(path, what)
+
+
+@pytest.mark.slow
+def test_the_ranks_of_gpu_multi_over_gloo(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(one_rank, (str(tmp_path / "lines.jsonl"), port), 2)
+    made = lines.record(lines.read(tmp_path / "lines.jsonl"))
+    assert made and list(record.problems(made)) == []
+    assert {one["name"] for one in made["rows"]} == {
+        "loss clip-64, 2 ranks", "loss siglip-64, 2 ranks", "ddp step ViT-B/32, 2 ranks", "fsdp step ViT-B/32, 2 ranks",
+    }  # fmt: skip
+    assert all(one["error"] < 1e-6 for one in made["rows"])

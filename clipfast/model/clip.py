@@ -364,9 +364,9 @@ class CLIP(nn.Module):
         model = copy.deepcopy(self, {id(w): w for w in (*weights, self.token_embedding.weight)})
         for transformer in model._transformers():
             for block in transformer.rounded():
-                quantise(block, read=block is transformer.resblocks[-1])
+                quantise(block)
         if untouched(self.token_embedding):
-            model.token_embedding = Int8Embedding(model.token_embedding)
+            model.token_embedding = Int8Embedding(self.token_embedding)  # type: ignore[assignment]
         else:
             model.token_embedding = copy.deepcopy(self.token_embedding)
         model.int8 = True

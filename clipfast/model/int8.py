@@ -36,19 +36,13 @@ class Int8Linear(nn.Module):
 
 
 class Int8Attention(nn.Module):
-    """Self-attention of 8-bit projections; ``in_proj`` is a Linear of fp32 in a block that is read at one token."""
+    """Self-attention of 8-bit projections."""
 
-    def __init__(self, attn: nn.MultiheadAttention, read: bool) -> None:
+    def __init__(self, attn: nn.MultiheadAttention) -> None:
         super().__init__()
-        weight, bias = attn.in_proj_weight, attn.in_proj_bias
-        assert weight is not None
+        assert attn.in_proj_weight is not None
         self.num_heads = attn.num_heads
-        self.in_proj: nn.Linear | Int8Linear
-        if read:
-            self.in_proj = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-            self.in_proj.weight, self.in_proj.bias = (nn.Parameter(p.detach().clone(), False) for p in (weight, bias))
-        else:
-            self.in_proj = Int8Linear(weight, bias)
+        self.in_proj = Int8Linear(attn.in_proj_weight, attn.in_proj_bias)
         self.out_proj = Int8Linear(attn.out_proj.weight, attn.out_proj.bias)
 
     def forward(
@@ -87,9 +81,9 @@ def weights_of(block: Any) -> list[Tensor]:
     return [block.attn.in_proj_weight, block.attn.out_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight]
 
 
-def quantise(block: Any, read: bool) -> None:
-    """The Linears of a residual attention block as 8-bit ones, in place; read: whether it may work for one token alone."""
-    block.attn = Int8Attention(block.attn, read)
+def quantise(block: Any) -> None:
+    """The Linears of a residual attention block as 8-bit ones, in place."""
+    block.attn = Int8Attention(block.attn)
     for name in ("c_fc", "c_proj"):
         layer = getattr(block.mlp, name)
         setattr(block.mlp, name, Int8Linear(layer.weight, layer.bias))

@@ -129,11 +129,16 @@ def joined_linear(x: Tensor, parts: tuple[Linear, ...]) -> Tensor:
 
 def _pool(x: Tensor, parts: Parts, layout: Layout) -> Tensor:
     """x [..., C] -> [B, C]: only the token that is read attends, to the whole sequence."""
+    if (
+        parts.qkv[0].scale is not None
+    ):  # all keys in 8 bits: an eighth of the time of one query's products in fp32, for one text
+        return _attend(x, parts, layout)[layout.read]
     if len(parts.qkv) == 1:
         weights = parts.qkv[0].weight.chunk(3)
         biases = parts.qkv[0].bias.chunk(3) if parts.qkv[0].bias is not None else (None,) * 3
     else:
-        weights, biases = tuple(p.weight for p in parts.qkv), tuple(p.bias for p in parts.qkv)
+        weights = tuple(p.weight for p in parts.qkv)
+        biases = tuple(p.bias for p in parts.qkv)  # type: ignore[misc]
     zero = [x.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
     return pooling(
         x, x[layout.read], weights[0], zero[0], weights[1], weights[2], zero[2], parts.heads,

@@ -19,6 +19,7 @@ constexpr int64_t kStep = kWidth * kDeep;
 constexpr int64_t kTall = 12;                        // rows of a tile at most: 12 × 2 sums and 2 operands of 16 lanes in 32 registers
 constexpr int64_t kBlock = 256 << 10;                // bytes of the rows of a block, beside a strip in L2
 constexpr float kLeast = 1e-36f;                     // spec.LEAST
+constexpr int64_t kAhead = 96 * kStep;               // from memory 12 rows read 24 GB/s a core with 12 KB ahead, 17 with 2 KB
 
 using Sixteen = int32_t __attribute__((vector_size(64), aligned(4), may_alias));
 using Eight = int32_t __attribute__((vector_size(32), aligned(4), may_alias));
@@ -42,8 +43,8 @@ struct Avx512Vnni {
     const Sixteen flip = Sixteen{} + static_cast<int32_t>(0x80808080);
     for (int64_t k = 0; k < depth; k += kDeep, w += kStep) {
       const Sixteen left = as<const Sixteen>(w) ^ flip, right = as<const Sixteen>(w + 64) ^ flip;
-      __builtin_prefetch(w + 16 * kStep);
-      __builtin_prefetch(w + 16 * kStep + 64);
+      __builtin_prefetch(w + kAhead);
+      __builtin_prefetch(w + kAhead + 64);
 #pragma GCC unroll 12
       for (int i = 0; i < m; ++i) {
         const Sixteen four = Sixteen{} + as<const int32_t>(x + i * depth + k);

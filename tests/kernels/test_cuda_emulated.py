@@ -196,7 +196,7 @@ CASES = {
     "more SMs than work": dict(n=40, N=700, D=64, offset=560, sms=132),
     "pairs outside": dict(n=40, N=300, D=64, offset=300),
     "scale 100": dict(n=300, N=300, D=64, scale=100.0, dtype=torch.float16),
-    "scale -30": dict(n=90, N=300, D=64, scale=-30.0),
+    "scale -100": dict(n=90, N=600, D=64, scale=-100.0, offset=500),
     "identical": dict(n=260, N=300, D=64, kind="identical", scale=100.0),
     "opposite": dict(n=260, N=300, D=64, kind="opposite", scale=100.0),
     "orthogonal": dict(n=64, N=64, D=64, kind="orthogonal", scale=50.0),
@@ -268,6 +268,21 @@ def test_tiny_gradients_and_only_one_wanted(library: ctypes.CDLL) -> None:
     text_grad = torch.empty(300, 64)
     case.call(library.contrastive_backward, row_lse, col_lse, row_grad, col_grad, diagonal_grad, None, text_grad)
     close(text_grad, G.T @ case.image.double(), 1e-3)
+
+
+@pytest.mark.parametrize(("which", "place"), [("row_grad", 300), ("col_grad", 519), ("diagonal_grad", 519)])
+def test_the_unit_of_G_is_that_of_the_largest_gradient(library: ctypes.CDLL, which: str, place: int) -> None:
+    case = Case(520, 520, 8, dtype=torch.float16, sms=2)
+    names = ("row_lse", "col_lse", "row_grad", "col_grad", "diagonal_grad")
+    given = {name: torch.full((520,), 15.0 if "lse" in name else 1e-9) for name in names}
+    given[which][place] = 0.5
+    weights = [given[f"{side}_grad"].double() * (-given[f"{side}_lse"].double()).exp() for side in ("row", "col")]
+    G = case.s.exp() * (weights[0][:, None] + weights[1])
+    G = torch.where(case.pair, given["diagonal_grad"].double()[:, None], G)
+    image_grad, text_grad = torch.empty(520, 8), torch.empty(520, 8)
+    case.call(library.contrastive_backward, *given.values(), image_grad, text_grad)
+    close(image_grad, G @ case.text.double(), 2e-3)
+    close(text_grad, G.T @ case.image.double(), 2e-3)
 
 
 @pytest.mark.parametrize(("name", "bias"), by_turns(-10.0, 3.0))

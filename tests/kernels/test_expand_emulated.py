@@ -55,11 +55,11 @@ def test_matches_spec(name: str, dtype: str) -> None:
     assert not disagreements("expand", "cuda", given)
 
 
-def test_what_is_kept_and_a_view_at_an_odd_place() -> None:
-    """h is the product in 16 bit, before the bias; a bias in fp32 is taken as it is."""
+def test_what_is_kept_and_views() -> None:
+    """x starts at an odd place and the weight is transposed; h is the product in 16 bit, before the bias; a bias in fp32 is taken as it is."""
     made = spec.inputs(torch.Generator().manual_seed(0), rows=9, C=64)
     x = torch.zeros(9 * 64 + 1, dtype=torch.bfloat16)[1:].view(9, 64).copy_(made["x"])
-    weight, bias = made["weight"].bfloat16(), made["bias"].float()
+    weight, bias = made["weight"].bfloat16().T.contiguous().T, made["bias"].float()
     y, h = OP.backend("cuda").forward(x, weight, bias, True, True)
     product = functional.linear(x.double(), weight.double())
     assert ((h.double() - product).abs() <= 2**-8 * product.abs() + 1e-6).all()

@@ -93,7 +93,7 @@ class Drawings:
 # --- packages
 
 
-def _archive(root: Path, package: str, version: str) -> Path:
+def archive(root: Path, package: str, version: str) -> Path:
     """Where `npm pack` puts a package: @scope/name at 1.0 -> scope-name-1.0.tgz."""
     return root / "packages" / f"{package.removeprefix('@').replace('/', '-')}-{version}.tgz"
 
@@ -106,16 +106,15 @@ def _npm() -> str:
     return found
 
 
-def fetch(root: Path) -> None:
-    """Downloads what is missing of the nine packages (21 MB) with `npm pack`; RuntimeError names one that failed."""
-    wanted = [(NAMES[0], NAMES[1])] + [(f"@iconify-json/{style}", source[0]) for style, source in STYLES.items()]
-    missing = [(package, version) for package, version in wanted if not _archive(root, package, version).exists()]
+def fetch(root: Path, wanted: Sequence[tuple[str, str]]) -> None:
+    """Downloads what is missing of packages (name, version) with `npm pack`; RuntimeError names one that failed."""
+    missing = [(package, version) for package, version in wanted if not archive(root, package, version).exists()]
     if not missing:
         return
     npm, packages = _npm(), root / "packages"
-    packages.mkdir(exist_ok=True)
+    packages.mkdir(parents=True, exist_ok=True)
     for package, version in tqdm(missing, desc="fetching", unit="package"):
-        target = _archive(root, package, version)
+        target = archive(root, package, version)
         with tempfile.TemporaryDirectory(dir=packages) as aside:  # renamed when whole: what is there is complete
             options = ["--pack-destination", aside, "--ignore-scripts", "--loglevel=error"]
             command = [npm, "pack", f"{package}@{version}", *options]
@@ -127,9 +126,9 @@ def fetch(root: Path) -> None:
             raise RuntimeError(f"package {package} {version}: npm cannot fetch it; check the network. npm said: {why}")
 
 
-def _read_json(root: Path, package: str, version: str, names: Sequence[str]) -> list[Any]:
+def read_json(root: Path, package: str, version: str, names: Sequence[str]) -> list[Any]:
     """The parsed JSON files `names` of a fetched package, once it is known to be the right package and version."""
-    path = _archive(root, package, version)
+    path = archive(root, package, version)
     if not path.exists():
         raise FileNotFoundError(f"package {package} {version}: expected {path}, found nothing; fetch it first")
     remedy = f"delete {path} and run again"
@@ -201,7 +200,7 @@ def _unseen(families: dict[str, str]) -> set[str]:
 
 def read_concepts(root: Path) -> dict[str, Concept]:
     """All base emoji (no skin tones, no components) by hexcode, in Unicode's order."""
-    data, messages = _read_json(root, *NAMES[:2], ["en/data.json", "en/messages.json"])
+    data, messages = read_json(root, *NAMES[:2], ["en/data.json", "en/messages.json"])
     groups, subgroups = ({e["order"]: e["key"] for e in messages[kind]} for kind in ("groups", "subgroups"))
     emoji = [e for e in data if groups.get(e.get("group"), "component") != "component"]
     emoji.sort(key=lambda entry: entry["order"])
@@ -220,14 +219,14 @@ def _names(root: Path, concepts: dict[str, Concept]) -> dict[str, str]:
     for code, concept in concepts.items():
         names.setdefault(_squeeze(concept.label), code)
     for style in ("noto", "twemoji", "openmoji"):
-        icons, chars = _read_json(root, f"@iconify-json/{style}", STYLES[style][0], ["icons.json", "chars.json"])
+        icons, chars = read_json(root, f"@iconify-json/{style}", STYLES[style][0], ["icons.json", "chars.json"])
         codes = {name: _plain(code) for code, name in chars.items() if _plain(code) in concepts}
         for name, code in codes.items():
             names.setdefault(_squeeze(name), code)
         for name, alias in icons.get("aliases", {}).items():
             if alias["parent"] in codes and alias.keys() == {"parent"}:
                 names.setdefault(_squeeze(name), codes[alias["parent"]])
-    (shortcodes,) = _read_json(root, *NAMES[:2], ["en/shortcodes/emojibase.json"])
+    (shortcodes,) = read_json(root, *NAMES[:2], ["en/shortcodes/emojibase.json"])
     for code in concepts:
         if "-" not in code:
             names.setdefault(_squeeze(unicodedata.name(chr(int(code, 16)), code)), code)
@@ -241,7 +240,7 @@ def _names(root: Path, concepts: dict[str, Concept]) -> dict[str, str]:
 # --- rendering
 
 
-def _svg(icons: dict[str, Any], name: str) -> str | None:
+def svg_of(icons: dict[str, Any], name: str) -> str | None:
     """The SVG document of an icon or of an alias without transformation; None where the package has neither."""
     alias = icons.get("aliases", {}).get(name)
     if alias is not None and alias.keys() == {"parent"}:
@@ -258,7 +257,7 @@ def _svg(icons: dict[str, Any], name: str) -> str | None:
 def _icons(root: Path, style: str, concepts: dict[str, Concept]) -> Iterator[tuple[str, str]]:
     """(hexcode, SVG) of every concept that the style draws, joined by code points or, in older packages, by name."""
     package, version = f"@iconify-json/{style}", STYLES[style][0]
-    icons, chars = _read_json(root, package, version, ["icons.json", "chars.json"])
+    icons, chars = read_json(root, package, version, ["icons.json", "chars.json"])
     if chars:
         drawn = {_plain(code): name for code, name in chars.items()}
     else:
@@ -266,7 +265,7 @@ def _icons(root: Path, style: str, concepts: dict[str, Concept]) -> Iterator[tup
         for name in icons["icons"]:
             drawn.setdefault(names.get(_squeeze(name), ""), name)
     for code in concepts:
-        svg = _svg(icons, drawn[code]) if code in drawn else None
+        svg = svg_of(icons, drawn[code]) if code in drawn else None
         if svg is not None:
             yield code, svg
 
@@ -280,7 +279,7 @@ def render(svg: str, what: str) -> bytes:
 
 
 @contextlib.contextmanager
-def _written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path) -> Iterator[Path]:
     """A path to write to, renamed to `path` on success: what exists under its own name is complete."""
     path.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -288,7 +287,7 @@ def _written_aside(path: Path) -> Iterator[Path]:
         os.replace(Path(folder, path.name), path)
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     entry = tarfile.TarInfo(name)
     entry.size = len(content)
     tar.addfile(entry, io.BytesIO(content))
@@ -298,28 +297,28 @@ def _render_style(root: Path, style: str, concepts: dict[str, Concept]) -> Path:
     """All drawings of a style in one tar of <hexcode>.png, rendered unless already there."""
     path = root / "rendered" / f"{style}-{STYLES[style][0]}.tar"
     if not path.exists():
-        with _written_aside(path) as aside, tarfile.open(aside, "w") as tar:
+        with written_aside(path) as aside, tarfile.open(aside, "w") as tar:
             icons = list(_icons(root, style, concepts))
             for code, svg in tqdm(icons, desc=f"rendering {style}", unit="drawing"):
-                _add(tar, f"{code}.png", render(svg, f"{style} {code}"))
+                add(tar, f"{code}.png", render(svg, f"{style} {code}"))
     return path
 
 
 # --- shards
 
 
-def _decode(png: bytes) -> np.ndarray:
+def decode(png: bytes) -> np.ndarray:
     """uint8 [64, 64, 4]."""
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
 
 
-def _premultiply(rgba: np.ndarray) -> np.ndarray:
+def premultiply(rgba: np.ndarray) -> np.ndarray:
     """Colours times alpha, uint8 [64, 64, 4]: only so may transparent pixels be averaged with their neighbours."""
     alpha = rgba[..., 3:].astype(np.uint16)
     return np.concatenate([((rgba[..., :3] * alpha + 127) // 255).astype(np.uint8), rgba[..., 3:]], axis=-1)
 
 
-def _members(path: Path, suffix: str) -> Iterator[tuple[str, bytes]]:
+def members(path: Path, suffix: str) -> Iterator[tuple[str, bytes]]:
     """(key, content) of the members that end in `suffix`."""
     with tarfile.open(path) as tar:
         for entry in tar:
@@ -333,7 +332,7 @@ def _duplicates(rendered: dict[str, dict[str, bytes]]) -> set[str]:
     for drawings in rendered.values():
         first: dict[bytes, str] = {}
         for code, png in drawings.items():
-            pixels = hashlib.sha256(_decode(png).tobytes()).digest()
+            pixels = hashlib.sha256(decode(png).tobytes()).digest()
             if first.setdefault(pixels, code) != code:
                 dropped.add(code)
     return dropped
@@ -357,9 +356,9 @@ def _write_shards(folder: Path, rendered: dict[str, dict[str, bytes]], concepts:
             with tarfile.open(folder / f"{split}-{style}.tar", "w") as tar:
                 for code in chosen:
                     about = vars(concepts[code]) | {"style": style, "split": split}
-                    _add(tar, f"{style}-{code}.png", drawings[code])
-                    _add(tar, f"{style}-{code}.txt", concepts[code].label.encode())
-                    _add(tar, f"{style}-{code}.json", json.dumps(about).encode())
+                    add(tar, f"{style}-{code}.png", drawings[code])
+                    add(tar, f"{style}-{code}.txt", concepts[code].label.encode())
+                    add(tar, f"{style}-{code}.json", json.dumps(about).encode())
     sources = [f"{NAMES[0]} {NAMES[1]}: names, {NAMES[2]}, {NAMES[3]}"]
     for style, (version, licence, who) in STYLES.items():
         sources.append(f"@iconify-json/{style} {version}: drawings, {licence}, {who}")
@@ -378,13 +377,13 @@ def prepare(root: Path = DATA) -> Path:
         return shards
     try:
         root.mkdir(parents=True, exist_ok=True)
-        fetch(root)
+        fetch(root, [NAMES[:2], *((f"@iconify-json/{style}", source[0]) for style, source in STYLES.items())])
         concepts = read_concepts(root)
         paths = {style: _render_style(root, style, concepts) for style in STYLES}
-        rendered = {style: dict(_members(path, ".png")) for style, path in paths.items()}
+        rendered = {style: dict(members(path, ".png")) for style, path in paths.items()}
         for code in _duplicates(rendered):
             del concepts[code]
-        with _written_aside(shards) as aside:
+        with written_aside(shards) as aside:
             _write_shards(aside, rendered, concepts)
     except OSError as error:
         if error.errno is None:
@@ -407,8 +406,8 @@ def load(split: str, root: Path = DATA) -> Drawings:
     pixels, ids, styles = [], [], []
     for style in STYLES:
         path = folder / f"{split}-{style}.tar"
-        for key, png in _members(path, ".png") if path.exists() else ():
-            pixels.append(_premultiply(_decode(png)))
+        for key, png in members(path, ".png") if path.exists() else ():
+            pixels.append(premultiply(decode(png)))
             ids.append(index[key.removeprefix(f"{style}-")])
             styles.append(style)
     return Drawings(torch.from_numpy(np.stack(pixels)), torch.tensor(ids), styles, concepts)

@@ -1,4 +1,5 @@
 # make demo   set up, prepare real image-text pairs, train a small CLIP on them, evaluate it, write demo/out/report.html
+# make paper  the CLIP paper's figures on real drawings in 45 minutes (MINUTES=10: in ten), writes paper/out/paper.html
 # make test   set up, check style and types, run the tests
 # make test-all  the same with the slow ones: all kernels in Triton's interpreter and emulated, ahead-of-time compilation, large
 #             batches; then each known fault is put into a kernel (since SINCE: into those changed since that commit) to be found
@@ -17,12 +18,16 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet --quiet
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard kernels/*.h kernels/*.cuh kernels/*/*.cpp kernels/*/*.cu)
 
-.PHONY: demo test test-all soak lint bench cpu-check gpu-first gpu-check gpu-multi setup rivals clean
+.PHONY: demo paper test test-all soak lint bench cpu-check gpu-first gpu-check gpu-multi setup rivals clean
 setup: $(VENV)/.built
 rivals: $(VENV)/.built $(VENV)/.rivals
 
 demo: setup
 	$(PY) -m demo
+
+paper: MINUTES = 45
+paper: setup
+	$(PY) -m paper --minutes $(MINUTES)
 
 test: rivals lint
 	$(PY) -m pytest

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from demo import emoji
 from demo.emoji import Concept, Drawings
 
-DATA = Path(__file__).parent / "data"
 UNSEEN_SET = "fa6-solid"
 # set -> version of @iconify-json/<set>, licence, author, and a pattern of the names that are left out: another weight or fill
 # of the same drawing, logos, numbers
@@ -60,7 +59,7 @@ def labels(icons: dict, left_out: str) -> dict[str, str]:
     return found
 
 
-def prepare(root: Path = DATA) -> Path:
+def prepare(root: Path = emoji.DATA) -> Path:
     """Fetches and renders what is missing below `root`; returns the folder with a tar of <label>.png for each set."""
     folder = root / "icons"
     emoji.fetch(root, [(f"@iconify-json/{name}", about[0]) for name, about in SETS.items()])
@@ -87,7 +86,7 @@ def prepare(root: Path = DATA) -> Path:
     return folder
 
 
-def load(concepts: Sequence[Concept], root: Path = DATA) -> tuple[Drawings, Drawings]:
+def load(concepts: Sequence[Concept], root: Path = emoji.DATA) -> tuple[Drawings, Drawings]:
     """The icons of the sets that are learned from, and those of the unseen set. Their concepts come after the emoji's; where an
     emoji has the same label the concept is the emoji's, and where that is unseen in training the icon is left out."""
     joined, places = list(concepts), {concept.label: place for place, concept in enumerate(concepts)}

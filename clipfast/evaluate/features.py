@@ -33,8 +33,10 @@ def inference(model: CLIP) -> Iterator[torch.device]:
         model.train(training)
 
 
-def encode_texts(model: CLIP, texts: Sequence[str], *, truncate: bool = True, batch_size: int = 256) -> Tensor:
-    """Normalised text features [len(texts), D], float32."""
+def encode_texts(
+    model: CLIP, texts: Sequence[str], *, truncate: bool = True, batch_size: int = 256, tokenizer: Callable[..., Any] = tokenize
+) -> Tensor:
+    """Normalised text features [len(texts), D], float32; `tokenizer`: called as `clipfast.tokenize` is."""
     if getattr(model, "objective", "") in ("words", "caption"):
         told = f"expected a contrastive model for text features, got one that predicts the {model.objective}"
         raise ValueError(f"{told}; score texts with clipfast.evaluate.class_likelihoods")
@@ -42,7 +44,7 @@ def encode_texts(model: CLIP, texts: Sequence[str], *, truncate: bool = True, ba
         features = []
         for start in range(0, len(texts), batch_size):
             chunk = list(texts[start : start + batch_size])
-            tokens, lengths = tokenize(chunk, model.context_length, truncate=truncate, return_lengths=True)
+            tokens, lengths = tokenizer(chunk, model.context_length, truncate=truncate, return_lengths=True)
             features.append(model.encode_text(tokens.to(device), normalize=True, lengths=lengths).float())
         return torch.cat(features)
 

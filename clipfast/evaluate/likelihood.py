@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ STATES = 1 << 24  # numbers of the decoder's states, or of scores over the vocab
 
 
 @torch.no_grad()
-def text_likelihoods(model: CLIP, features: Tensor, texts: Sequence[str]) -> Tensor:
+def text_likelihoods(model: CLIP, features: Tensor, texts: Sequence[str], tokenizer: Callable[..., Any] = tokenize) -> Tensor:
     """[N, texts] float32 on the CPU: the log-likelihood of each text given the image features [N, D], of any length.
 
     caption: of all tokens, end token included. words: the mean over the words, less what it would be at best (the entropy of
@@ -25,7 +26,7 @@ def text_likelihoods(model: CLIP, features: Tensor, texts: Sequence[str]) -> Ten
     """
     if model.objective not in ("words", "caption"):
         raise ValueError(f"expected a model that predicts words or a caption, got one for {model.objective}")
-    tokens, lengths = tokenize(list(texts), model.context_length, truncate=True, return_lengths=True)
+    tokens, lengths = tokenizer(list(texts), model.context_length, truncate=True, return_lengths=True)
     with inference(model) as device:
         features = features.to(device)
         found = _words if model.objective == "words" else _captions

@@ -15,7 +15,7 @@ from clipfast.data.sources import Source
 from clipfast.evaluate.features import encode_images, encode_texts, inference, together
 from clipfast.evaluate.likelihood import text_likelihoods
 from clipfast.evaluate.metrics import best_ranks, share, top_k
-from clipfast.inputs import Preprocess
+from clipfast.inputs import Preprocess, tokenize
 from clipfast.model import CLIP
 from clipfast.train.job import ALONE, Job
 
@@ -29,6 +29,7 @@ def zero_shot_weights(
     class_names: Sequence[str],
     templates: Sequence[Template] | Template = TEMPLATES,
     batch_size: int = 256,
+    tokenizer: Callable[..., Any] = tokenize,
 ) -> Tensor:
     """Classifier [classes, D]: each name in every template, features normalised, averaged, normalised again.
 
@@ -43,18 +44,24 @@ def zero_shot_weights(
     if bad := [name for name in class_names if not isinstance(name, str)]:
         raise TypeError(f"expected text as class names, got {bad[0]!r}")
     prompts = [prompt(template, name) for name in class_names for template in templates]
-    features = encode_texts(model, prompts, batch_size=batch_size).view(len(class_names), len(templates), -1)
+    features = encode_texts(model, prompts, batch_size=batch_size, tokenizer=tokenizer).view(
+        len(class_names), len(templates), -1
+    )
     return torch.nn.functional.normalize(features.mean(1), dim=-1)
 
 
 def class_likelihoods(
-    model: CLIP, features: Tensor, class_names: Sequence[str], templates: Sequence[Template] | Template = TEMPLATES
+    model: CLIP,
+    features: Tensor,
+    class_names: Sequence[str],
+    templates: Sequence[Template] | Template = TEMPLATES,
+    tokenizer: Callable[..., Any] = tokenize,
 ) -> Tensor:
     """[N, classes] float32 on the CPU, of a model that predicts words or captions: the log-likelihood of each class's prompt
     given the image features [N, D], the mean over the templates."""
     templates = [templates] if isinstance(templates, str) or callable(templates) else list(templates)
     texts = [prompt(template, name) for name in class_names for template in templates]
-    return text_likelihoods(model, features, texts).view(len(features), len(class_names), -1).mean(2)
+    return text_likelihoods(model, features, texts, tokenizer).view(len(features), len(class_names), -1).mean(2)
 
 
 def prompt(template: Template, name: str) -> str:

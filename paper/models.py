@@ -1,0 +1,224 @@
+"""The small models: what each is, how long each may learn, and runs that go on where they were killed."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import clipfast
+from clipfast.evaluate import class_likelihoods, zero_shot_weights
+from clipfast.evaluate.features import inference, unprojected
+from clipfast.files import read_parsed, replacing
+from clipfast.model import CLIP
+from clipfast.train import Batches, TrainConfig, train
+from demo import emoji
+from demo.__main__ import batches
+from demo.emoji import Drawings
+
+POINTS = 4  # of a learning curve
+ASKED = 300  # drawings, and their names, that the objectives are compared on
+
+
+class Kind(NamedTuple):
+    objective: str = "contrastive"
+    width: int = 16  # of the image tower's first stage
+
+
+MAIN = "contrastive"
+KINDS = {
+    MAIN: Kind(), "contrastive, bag of words": Kind("bag"), "predicts words": Kind("words"),
+    "predicts captions": Kind("caption"), "width 8": Kind(width=8), "width 12": Kind(width=12), "width 24": Kind(width=24),
+}  # fmt: skip
+OBJECTIVES = ("predicts captions", "predicts words", "contrastive, bag of words", MAIN)  # as figure 2's legend, and ours
+SIZES = ("width 8", "width 12", MAIN, "width 24")
+
+
+@dataclass
+class Clock:
+    """The time given, over every start of the program: what was spent is kept in a file."""
+
+    path: Path
+    minutes: float
+    began: float = field(default_factory=perf_counter)
+    before: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.path.exists():
+            self.before = float(read_parsed(self.path)["seconds"])
+
+    def spent(self) -> float:
+        return self.before + perf_counter() - self.began
+
+    def left(self) -> float:
+        return 60 * self.minutes - self.spent()
+
+    def save(self) -> None:
+        write(self.path, {"seconds": self.spent()})
+
+
+class Vocabulary:
+    """CLIP's token ids of some texts, numbered anew in their order, so that the special ones stay the largest.
+
+    A softmax over all 49,408 would be nine tenths of what it costs to predict captions, and these texts use a tenth of them.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        tokens = clipfast.tokenize(list(texts), 77, truncate=True)
+        self.ids = torch.unique(torch.cat([tokens.flatten(), tokens.new_zeros(1)])).long()  # 0 is what pads
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __call__(self, texts: Sequence[str], context_length: int, truncate: bool = False, return_lengths: bool = True) -> Any:
+        """As `clipfast.tokenize`."""
+        tokens, lengths = clipfast.tokenize(texts, context_length, truncate, return_lengths=True)
+        return self.renumbered(tokens), lengths
+
+    def renumbered(self, tokens: Tensor) -> Tensor:
+        found = torch.searchsorted(self.ids, tokens.long()).clamp(max=len(self.ids) - 1)
+        if unknown := tokens[self.ids[found] != tokens].tolist():
+            raise ValueError(f"expected texts of the vocabulary's {len(self.ids)} token ids, got {unknown[:5]} besides")
+        return found.int()
+
+
+def stream(learned: Drawings, config: TrainConfig, words: Vocabulary) -> Batches:
+    """The demo's batches, their tokens numbered anew."""
+    own = batches(learned, config)
+    return lambda step: (batch._replace(tokens=words.renumbered(batch.tokens)) for batch in own(step))
+
+
+def write(path: Path, value: Any) -> None:
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
+
+
+def recipe(kind: Kind, out: str, words: Vocabulary, **changes: Any) -> TrainConfig:
+    """The demo's, at 32 pixels: a step takes half as long as at 48, and seven models have to share the time."""
+    model: dict[str, Any] = {"embed_dim": 128, "image_resolution": 32, "vision_layers": (1, 1, 1, 1)}
+    model |= {"vision_width": kind.width, "vision_patch_size": None, "context_length": 32, "vocab_size": len(words)}
+    model |= {"transformer_width": 128, "transformer_heads": 2, "transformer_layers": 2}
+    run: dict[str, Any] = {"model": model, "out": out, "objective": kind.objective, "tensorboard": False, "seed": 0}
+    run |= {"batch_size": 128, "lr": 1e-3, "beta2": 0.98, "weight_decay": 0.2, "warmup": 0.1}
+    return TrainConfig(**run | changes)
+
+
+def plan(path: Path, learned: Drawings, words: Vocabulary, seconds: float, steps: int = 0, **changes: Any) -> dict[str, Any]:
+    """{"steps": of every model, the same, "seconds": that each may take}; measured once and kept at `path`.
+
+    A model's share of the time is what one of its steps takes, and a quarter more, for machines that others use too.
+    """
+    if path.exists():
+        return read_parsed(path)
+    cost = {}
+    for name, kind in KINDS.items():
+        with tempfile.TemporaryDirectory() as aside:
+            times: list[float] = []
+            config = recipe(kind, aside, words, **changes | {"steps": 5, "progress": False})
+            train(
+                config,
+                stream(learned, config, words),
+                on_step=lambda step, model, found, own=times: own.append(found["seconds"]),
+            )
+        cost[name] = float(np.median(np.diff(times)))
+    total = sum(cost.values())
+    steps = steps or max(2 * POINTS, int(seconds / 1.25 / total))
+    found = {"steps": steps, "seconds": {name: max(1.0, own / total * seconds) for name, own in cost.items()}, "step": cost}
+    write(path, found)
+    return found
+
+
+def made(name: str, folder: Path, learned: Drawings, asked: Asked, limits: dict[str, Any], **changes: Any) -> CLIP:
+    """The model, trained, or gone on with, or read. curve.json beside it: images seen -> is each drawing named rightly."""
+    out, kind = folder / name, KINDS[name]
+    done, curve = out / "done.json", out / "curve.json"
+    if done.exists():
+        return clipfast.load(str(out / "model.pt"), "cpu")[0]
+    every = max(1, limits["steps"] // POINTS)
+    config = recipe(
+        kind, str(out), asked.words, steps=limits["steps"], max_seconds=limits["seconds"][name], resume="auto",
+        checkpoint_every=every, **changes,
+    )  # fmt: skip
+    points = read_parsed(curve) if curve.exists() else {}
+
+    def look(step: int, model: CLIP, found: dict[str, float]) -> None:
+        if step % every == 0 and step < limits["steps"]:
+            points[str(step * config.batch_size)] = asked.hits(model)
+            write(curve, points)
+
+    trained = train(config, stream(learned, config, asked.words), on_step=look)
+    if trained.stopped:
+        raise KeyboardInterrupt(trained.stopped)
+    points[str(trained.steps * config.batch_size)] = asked.hits(trained.model)
+    write(curve, points)
+    write(done, {"steps": trained.steps, "seconds": trained.seconds, "flops": flops(trained.model)})
+    return trained.model.eval()
+
+
+class Asked:
+    """Drawings in an unseen style, each to be named among all their names: what figure 2's accuracy is here."""
+
+    def __init__(self, pool: Drawings, rows: np.ndarray, words: Vocabulary, count: int = ASKED) -> None:
+        self.words = words
+        concept, chosen = pool.concept[torch.from_numpy(rows)].numpy(), np.random.default_rng(0).permutation(len(rows))
+        _, first = np.unique(concept[chosen], return_index=True)  # one drawing a name
+        self.rows = rows[chosen[np.sort(first)[:count]]]
+        self.rgba = pool.rgba[self.rows]
+        self.names = [pool.concepts[number].label for number in pool.concept[self.rows].tolist()]
+
+    def hits(self, model: CLIP) -> list[int]:
+        """1 for each drawing whose own name has the highest score: cosine, or likelihood. The bare name is the prompt."""
+        features = encode(model, self.rgba)[1]
+        return (scores(model, features, self.names, "{}", self.words).argmax(1) == torch.arange(len(self.names))).int().tolist()
+
+
+def scores(model: CLIP, features: Tensor, names: Sequence[str], templates: Any, words: Vocabulary) -> Tensor:
+    """[N, classes]: scaled cosines, or, of a model that predicts, log-likelihoods."""
+    if model.objective in ("words", "caption"):
+        return class_likelihoods(model, features, names, templates, words)
+    return model.logit_scale.exp().detach() * features @ zero_shot_weights(model, names, templates, tokenizer=words).T
+
+
+def encode(model: CLIP, rgba: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [n, before the projection] and [n, D] of unit length, of drawings on white."""
+    before, after = [], []
+    with inference(model):
+        for part in rgba.split(256):
+            pixels = emoji.flatten(part, model.visual.input_resolution)
+            with unprojected(model):
+                before.append(model.encode_image(pixels).float())
+            after.append(torch.nn.functional.normalize(model.visual.attnpool.c_proj(before[-1]), dim=-1))
+    return torch.cat(before), torch.cat(after)
+
+
+def flops(model: CLIP) -> float:
+    """Multiplications and additions of the image tower's convolutions and of its pool's products, for one image."""
+    found: list[float] = []
+
+    def count(module: Any, inputs: Any, output: Tensor) -> None:
+        found.append(2.0 * module.weight.numel() * output.shape[-1] * output.shape[-2])
+
+    with counted(model.visual, count), inference(model):
+        model.visual(torch.zeros(1, 3, model.visual.input_resolution, model.visual.input_resolution))
+    pool: Any = model.visual.attnpool
+    places = len(pool.positional_embedding)
+    return sum(found) + 2.0 * places * 4 * pool.c_proj.in_features**2
+
+
+@contextmanager
+def counted(tower: nn.Module, hook: Any) -> Iterator[None]:
+    hooks = [module.register_forward_hook(hook) for module in tower.modules() if isinstance(module, nn.Conv2d)]
+    try:
+        yield
+    finally:
+        for own in hooks:
+            own.remove()

@@ -1,0 +1,251 @@
+"""What the paper found, and whether these data show it: numbers in, a sentence and a verdict out. Nothing here is fixed but the
+paper's own findings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from clipfast.evaluate.few_shot import examples_worth
+from clipfast.evaluate.intervals import Interval, clopper_pearson
+from clipfast.evaluate.overlap import Overlap
+from clipfast.evaluate.robustness import log_log_fit
+
+AGREES, NOT, OPEN = "agrees", "does not agree", "undecided"
+DRAWS, LEVEL = 1000, 0.95
+
+
+class Verdict(NamedTuple):
+    """figure: of the paper. here: what these data show, with its interval. agrees: one of three words."""
+
+    figure: str
+    paper: str
+    here: str
+    agrees: str
+
+
+def judged(interval: Interval, null: float) -> str:
+    """Whether what should lie above `null` does: undecided while the interval holds it."""
+    return AGREES if interval.low > null else NOT if interval.high < null else OPEN
+
+
+def drawn(statistic: Callable[[np.ndarray], float], count: int, seed: int = 0) -> Interval:
+    """Bootstrap interval of a statistic of row numbers that are drawn again; draws without a finite value are left out."""
+    rng = np.random.default_rng(seed)
+    found = np.array([statistic(rng.integers(0, count, count)) for _ in range(DRAWS)], dtype=float)
+    found = found[np.isfinite(found)]
+    if not len(found):
+        return Interval(-np.inf, np.inf)
+    return Interval(*map(float, np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])))
+
+
+def span(interval: Interval, form: str = "+.1%") -> str:
+    return f"{format(interval.low, form)} to {format(interval.high, form)}"
+
+
+# ---- figure 2
+
+
+def speedup(
+    slow: Mapping[int, Sequence[int]], fast: Mapping[int, Sequence[int]], rows: np.ndarray | slice = slice(None)
+) -> float:
+    """How many times fewer images `fast` needs for the accuracy that `slow` ends with (or `slow` for that of `fast`, inverted).
+
+    Curves: images seen -> whether each drawing is named rightly. Between points log-linear; before the first, through (1, 0).
+    """
+    curves = [sorted((images, float(np.mean(np.asarray(hits)[rows]))) for images, hits in own.items()) for own in (slow, fast)]
+    ends = [curve[-1] for curve in curves]
+    if ends[0][1] == ends[1][1] == 0:
+        return float("nan")
+    if ends[1][1] >= ends[0][1]:
+        return ends[0][0] / reached(curves[1], ends[0][1])
+    return reached(curves[0], ends[1][1]) / ends[1][0]
+
+
+def reached(curve: Sequence[tuple[float, float]], accuracy: float) -> float:
+    """Images at which a curve first has that accuracy."""
+    before = (1.0, 0.0)
+    for images, found in curve:
+        if found >= accuracy:
+            share = (accuracy - before[1]) / (found - before[1]) if found > before[1] else 0.0
+            return float(before[0] * (images / before[0]) ** share)
+        before = (images, found)
+    return float(curve[-1][0])
+
+
+def efficiency(slow: str, fast: str, times: str, curves: Mapping[str, Mapping[int, Sequence[int]]]) -> Verdict:
+    count = len(next(iter(curves[slow].values())))
+    found = speedup(curves[slow], curves[fast])
+    interval = drawn(lambda rows: speedup(curves[slow], curves[fast], rows), count)
+    ends = [float(np.mean(curves[name][max(curves[name])])) for name in (slow, fast)]
+    here = f"“{fast}” ends at {ends[1]:.1%} of {count} drawings, “{slow}” at {ends[0]:.1%}: "
+    here += f"{found:.1f} × ({span(interval, '.1f')})"
+    return Verdict("2", f"“{fast}” is {times} × as efficient in images seen as “{slow}”", here, judged(interval, 1.0))
+
+
+# ---- zero-shot beside probes
+
+
+def ensembling(gains: Mapping[str, float]) -> Verdict:
+    """gains: set -> accuracy with the ensemble of templates less that with the bare name."""
+    values = np.array([*gains.values()])
+    interval = drawn(lambda rows: float(values[rows].mean()), len(values))
+    here = f"{values.mean():+.1%} ({span(interval)}) over {len(values)} sets"
+    return Verdict(
+        "4", "prompt templates and their ensemble gain almost 5 points over the bare class name", here, judged(interval, 0)
+    )
+
+
+def against_supervised(zero: Mapping[str, float], probe: Mapping[str, float]) -> Verdict:
+    names = [name for name in zero if name in probe]
+    wins = sum(zero[name] > probe[name] for name in names)
+    interval = clopper_pearson(wins, len(names), LEVEL)
+    here = f"wins on {wins} of {len(names)} sets ({span(interval, '.0%')})"
+    told = "zero-shot beats a linear probe on features of a tower trained with labels on 16 of 27 sets"
+    return Verdict("5", told, here, judged(interval, 0.5))
+
+
+def few_shots_worth(curves: Mapping[str, Mapping[float, float]], zero: Mapping[str, float]) -> Verdict:
+    """curves: set -> examples a class -> accuracy."""
+    names = [name for name in curves if name in zero]
+    shots = sorted(set.intersection(*(set(curves[name]) for name in names)))
+    table = np.array([[curves[name][shot] for shot in shots] for name in names])
+    level = np.array([zero[name] for name in names])
+
+    def worth(rows: np.ndarray | slice) -> float:
+        return examples_worth(shots, table[rows].mean(0), float(level[rows].mean())).examples
+
+    found, interval = examples_worth(shots, table.mean(0), float(level.mean())), drawn(worth, len(names))
+    here = f"the mean of zero-shot is that of {found} examples a class ({span(interval, '.1f')}), "
+    here += f"{len(names)} sets, 1 to {shots[-1]:g}"
+    return Verdict("6", "zero-shot matches the mean of 4-shot probes on the same features", here, within(4.0, interval))
+
+
+def examples_needed(worth: Mapping[str, float]) -> Verdict:
+    values = np.array([*worth.values()])
+    interval = drawn(lambda rows: float(np.median(values[rows])), len(values))
+    here = f"median {np.median(values):.1f} ({span(interval, '.1f')}), from {values.min():.1f} to {values.max():.1f}, "
+    here += f"{len(values)} sets"
+    told = "zero-shot is worth 5.4 labelled examples a class in the median, from less than 1 to 184"
+    return Verdict("7", told, here, within(5.4, interval))
+
+
+def within(value: float, interval: Interval) -> str:
+    return AGREES if value in interval else NOT
+
+
+def correlation(zero: Mapping[str, float], probe: Mapping[str, float]) -> Verdict:
+    names = [name for name in zero if name in probe]
+    x, y = (np.array([own[name] for name in names]) for own in (probe, zero))
+
+    def r(rows: np.ndarray | slice) -> float:
+        return float(np.corrcoef(x[rows], y[rows])[0, 1]) if np.ptp(x[rows]) and np.ptp(y[rows]) else float("nan")
+
+    interval = drawn(r, len(names))
+    here = f"r = {r(slice(None)):.2f} ({span(interval, '.2f')}) over {len(names)} sets; zero-shot is {np.mean(x - y):.1%} lower"
+    return Verdict(
+        "8", "zero-shot follows the probe on all examples, r = 0.82, mostly 10 to 25 points lower", here, judged(interval, 0)
+    )
+
+
+def scaling(compute: Mapping[str, float], errors: Mapping[str, Mapping[str, float]]) -> Verdict:
+    """errors: model -> set -> error."""
+    models, sets = [*compute], [*next(iter(errors.values()))]
+    table = np.array([[errors[model][name] for name in sets] for model in models])
+
+    def slope(rows: np.ndarray | slice) -> float:
+        return -log_log_fit([compute[model] for model in models], table[:, rows].mean(1)).slope
+
+    found, interval = slope(slice(None)), drawn(slope, len(sets))
+    falls = span(Interval(-interval.high, -interval.low), ".3f")
+    here = f"error goes as compute to the power {-found:.3f} ({falls}), {len(models)} sizes"
+    return Verdict(
+        "9", "mean zero-shot error falls smoothly, log-linear in compute, over a range of 44 ×", here, judged(interval, 0)
+    )
+
+
+def representation(ours: Mapping[str, float], other: Mapping[str, float]) -> Verdict:
+    gaps = np.array([ours[name] - other[name] for name in ours if name in other])
+    interval = drawn(lambda rows: float(gaps[rows].mean()), len(gaps))
+    here = f"probes on the contrastive tower are {gaps.mean():+.1%} ({span(interval)}) better than on one that predicts words"
+    return Verdict(
+        "10",
+        "CLIP's features are better under a linear probe than those of towers trained with labels",
+        here,
+        judged(interval, 0),
+    )
+
+
+# ---- robustness, overlap, bias, digits
+
+
+def robust(effective: Mapping[str, tuple[float, Interval]]) -> Verdict:
+    """effective: zero-shot model -> effective robustness and its interval."""
+    low, high = (float(np.mean([getattr(own[1], end) for own in effective.values()])) for end in ("low", "high"))
+    mean = float(np.mean([own[0] for own in effective.values()]))
+    here = f"mean effective robustness of {len(effective)} zero-shot models {mean:+.1%} ({span(Interval(low, high))})"
+    told = "zero-shot models are much more robust to natural shift than what their accuracy promises"
+    return Verdict("13", told, here, judged(Interval(low, high), 0))
+
+
+def adapted(zero: Mapping[str, Any], probe: Mapping[str, Any]) -> Verdict:
+    """What is lost from the base to the shifted style; both: {"base": hits, "shifted": hits} of the same images."""
+    hits = [np.array([own[side] for side in ("base", "shifted")], dtype=float) for own in (zero, probe)]
+
+    def more(rows: np.ndarray | slice) -> float:
+        lost = [own[0, rows].mean() - own[1, rows].mean() for own in hits]
+        return float(lost[1] - lost[0])
+
+    interval = drawn(more, hits[0].shape[1])
+    gain = hits[1].mean(1) - hits[0].mean(1)
+    here = (
+        f"fitting to the base style changes accuracy there by {gain[0]:+.1%} and under shift by {gain[1]:+.1%}: "
+        f"{more(slice(None)):+.1%} ({span(interval)}) more is lost under shift"
+    )
+    told = "adapting to the base set by a probe gains 9.2 points there and nothing under shift: robustness falls"
+    return Verdict("14", told, here, judged(interval, 0))
+
+
+def overlapping(sets: Sequence[Overlap]) -> Verdict:
+    told = "overlap of test sets with training is small, and accuracy is hardly inflated by it: at most 0.6 points"
+    gains = {own.name: own.gain for own in sets if own.gain is not None}
+    if not gains:
+        return Verdict("17", told, "no set has both clean and overlapping images", OPEN)
+    worst = max(gains, key=lambda name: gains[name])
+    clear = [own.name for own in sets if own.adjusted is not None and own.adjusted < 0.05]
+    shares = [own.overlapping / own.images for own in sets]
+    here = (
+        f"{np.median(shares):.1%} of a set's images overlap in the median; the largest gain is {gains[worst]:+.1%} ({worst}); "
+        f"{len(clear)} of {len(sets)} sets are significant after Bonferroni"
+    )
+    return Verdict("17", told, here, AGREES if gains[worst] <= 0.006 else NOT if clear else OPEN)
+
+
+def added_class(without: Sequence[bool], with_it: Sequence[bool], young: Sequence[bool]) -> Verdict:
+    """Whether each person's drawing gets a label that wrongs it, without and with the class 'child'; whether it shows one."""
+    before, after, child = (np.asarray(own, dtype=float) for own in (without, with_it, young))
+    told = "with a class 'child' the share of people under 20 under crime-related labels falls from 32.3 to 8.7 %"
+    if not child.any() or child.all():
+        return Verdict("table 7", told, "no drawings of both children and adults", OPEN)
+
+    def more(rows: np.ndarray | slice) -> float:
+        fall, kids = (before - after)[rows], child[rows] > 0
+        return float(fall[kids].mean() - fall[~kids].mean()) if kids.any() and not kids.all() else float("nan")
+
+    interval = drawn(more, len(child))
+    shares = [own[child > 0].mean() for own in (before, after)]
+    here = (
+        f"of {int(child.sum())} children {shares[0]:.0%} get such a label without and {shares[1]:.0%} with it; the fall is "
+        f"{more(slice(None)):+.1%} ({span(interval)}) larger than that of adults"
+    )
+    return Verdict("table 7", told, here, judged(interval, 0))
+
+
+def handwriting(pixels: Sequence[bool], zero: Sequence[bool]) -> Verdict:
+    gaps = np.asarray(pixels, dtype=float) - np.asarray(zero, dtype=float)
+    interval = drawn(lambda rows: float(gaps[rows].mean()), len(gaps))
+    here = f"pixels {np.mean(pixels):.1%}, zero-shot {np.mean(zero):.1%}: {gaps.mean():+.1%} ({span(interval)})"
+    told = "on handwritten digits logistic regression on raw pixels beats zero-shot (section 3.1.5)"
+    return Verdict("MNIST", told, here, judged(interval, 0))

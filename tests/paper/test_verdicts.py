@@ -1,0 +1,142 @@
+"""Verdicts on made-up numbers: what the paper found, its contrary, and what is too little to tell."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from clipfast.evaluate.intervals import Interval
+from clipfast.evaluate.overlap import overlaps
+from paper import verdicts
+from paper.verdicts import AGREES, NOT, OPEN
+
+RNG = np.random.default_rng(0)
+SETS = [f"set {number}" for number in range(12)]
+
+
+def hits(accuracy: float, count: int = 400) -> list[int]:
+    """Nested: who is right with less is right with more."""
+    return (np.arange(count) < round(accuracy * count)).astype(int).tolist()
+
+
+def around(mean: float, spread: float = 0.01) -> dict[str, float]:
+    return {name: mean + spread * math.sin(number) for number, name in enumerate(SETS)}
+
+
+SLOW = {100: hits(0.05), 1000: hits(0.1), 10000: hits(0.2)}
+
+
+def test_a_speed_up_is_read_off_the_curves():
+    fast = {100: hits(0.1), 1000: hits(0.2), 10000: hits(0.4)}
+    assert verdicts.speedup(SLOW, fast) == pytest.approx(10)
+    assert verdicts.speedup(fast, SLOW) == pytest.approx(0.1)
+    assert verdicts.speedup(SLOW, {10000: hits(0.4)}) == pytest.approx(100)  # through (1, 0): half of the way in the logarithm
+    assert math.isnan(verdicts.speedup({10: [0, 0]}, {10: [0, 0]}))
+    between = {100: hits(0.1), 10000: hits(0.3)}
+    assert verdicts.speedup(SLOW, between) == pytest.approx(10000 / 1000)
+
+
+@pytest.mark.parametrize(
+    ("fast", "expected"),
+    [
+        ({100: hits(0.1), 1000: hits(0.2), 10000: hits(0.4)}, AGREES),
+        ({100: hits(0.01), 1000: hits(0.02), 10000: hits(0.1)}, NOT),
+        (SLOW, OPEN),
+    ],
+)
+def test_efficiency(fast, expected):
+    found = verdicts.efficiency("slow", "fast", "3", {"slow": SLOW, "fast": fast})
+    assert found.agrees == expected and "400 drawings" in found.here
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(0.05, AGREES), (-0.05, NOT), (0.0, OPEN)])
+def test_differences_over_sets(gain, expected):
+    zero, other = around(0.5 + gain), around(0.5, -0.01)
+    gains = {name: zero[name] - other[name] for name in SETS}
+    assert verdicts.ensembling(gains).agrees == expected
+    assert verdicts.representation(zero, other).agrees == expected
+
+
+def test_wins_against_a_supervised_probe():
+    better, worse = around(0.6), around(0.4)
+    assert verdicts.against_supervised(better, worse).agrees == AGREES
+    assert verdicts.against_supervised(worse, better).agrees == NOT
+    mixed = {name: 0.6 if number % 2 else 0.2 for number, name in enumerate(SETS)}
+    found = verdicts.against_supervised(mixed, worse)
+    assert found.agrees == OPEN and "wins on 6 of 12" in found.here
+
+
+@pytest.mark.parametrize(("level", "expected"), [(0.4, AGREES), (0.25, NOT), (0.55, NOT)])
+def test_zero_shot_in_shots(level, expected):
+    curve = {1.0: 0.2, 2.0: 0.3, 4.0: 0.4, 8.0: 0.5, 16.0: 0.6}
+    curves = {name: {shot: own + 0.001 * number for shot, own in curve.items()} for number, name in enumerate(SETS)}
+    zero = {name: level + 0.001 * number for number, name in enumerate(SETS)}
+    wide = {name: own + 0.02 * math.cos(number) for number, (name, own) in enumerate(zero.items())}
+    assert verdicts.few_shots_worth(curves, wide).agrees == expected
+
+
+def test_examples_needed():
+    assert verdicts.examples_needed(dict(zip(SETS, (1, 2, 3, 4, 5, 5.4, 6, 7, 20, 40, 100, 184), strict=True))).agrees == AGREES
+    assert verdicts.examples_needed(dict.fromkeys(SETS, 1.0)).agrees == NOT
+
+
+def test_the_correlation_with_the_probe():
+    probe = dict(zip(SETS, np.linspace(0.3, 0.9, 12).tolist(), strict=True))
+    assert verdicts.correlation({name: own - 0.1 for name, own in probe.items()}, probe).agrees == AGREES
+    assert verdicts.correlation({name: 1 - own for name, own in probe.items()}, probe).agrees == NOT
+    noise = dict(zip(SETS, RNG.random(12).tolist(), strict=True))
+    assert verdicts.correlation(noise, probe).agrees == OPEN
+
+
+def test_scaling():
+    compute = {"a": 1e6, "b": 3e6, "c": 9e6}
+    down = {model: around(0.5 / own**0.1, 0.01) for model, own in zip(compute, (1, 3, 9), strict=True)}
+    assert verdicts.scaling(compute, down).agrees == AGREES
+    up = dict(zip(compute, reversed(down.values()), strict=True))
+    assert verdicts.scaling(compute, up).agrees == NOT
+    flat = {
+        model: {name: 0.5 + 0.05 * math.sin(7 * number + place) for number, name in enumerate(SETS)}
+        for place, model in enumerate(compute)
+    }
+    assert verdicts.scaling(compute, flat).agrees == OPEN
+
+
+@pytest.mark.parametrize(("mean", "expected"), [(0.1, AGREES), (-0.1, NOT), (0.01, OPEN)])
+def test_robustness(mean, expected):
+    own = {name: (mean, Interval(mean - 0.05, mean + 0.05)) for name in ("a", "b")}
+    assert verdicts.robust(own).agrees == expected
+
+
+def test_adapting():
+    zero = {"base": hits(0.5), "shifted": hits(0.45)}
+    assert verdicts.adapted(zero, {"base": hits(0.7), "shifted": hits(0.45)}).agrees == AGREES
+    assert verdicts.adapted(zero, {"base": hits(0.5), "shifted": hits(0.7)}).agrees == NOT
+    assert verdicts.adapted(zero, zero).agrees == OPEN
+
+
+def test_overlap():
+    right, seen = np.arange(200) % 2 == 0, np.arange(200) < 10
+    few = overlaps({"a": right}, {"a": seen}).sets
+    assert verdicts.overlapping(few).agrees == AGREES
+    cheated = overlaps({"a": np.where(np.arange(200) < 60, True, np.arange(200) % 4 == 0)}, {"a": np.arange(200) < 60}).sets
+    assert verdicts.overlapping(cheated).agrees == NOT
+    luck = overlaps({"a": np.r_[np.ones(4, bool), np.arange(196) % 2 == 0]}, {"a": np.arange(200) < 4}).sets
+    assert verdicts.overlapping(luck).agrees == OPEN
+    assert verdicts.overlapping(overlaps({"a": right}, {"a": np.zeros(200, bool)}).sets).agrees == AGREES
+
+
+def test_an_added_class():
+    young = np.arange(200) < 40
+    before = np.arange(200) % 3 == 0
+    assert verdicts.added_class(before, before & ~young, young).agrees == AGREES
+    assert verdicts.added_class(before, before & young, young).agrees == NOT
+    assert verdicts.added_class(before, before, young).agrees == OPEN
+    assert verdicts.added_class(before, before, np.zeros(200, bool)).agrees == OPEN
+
+
+def test_handwriting():
+    assert verdicts.handwriting(hits(0.9), hits(0.2)).agrees == AGREES
+    assert verdicts.handwriting(hits(0.2), hits(0.9)).agrees == NOT
+    assert verdicts.handwriting(hits(0.5), hits(0.5)).agrees == OPEN

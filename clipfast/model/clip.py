@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from clipfast.kernels.linear import onednn
 from clipfast.model import scripted
+from clipfast.model.forked import check_threads
 from clipfast.model.int8 import Int8Embedding, quantise, weights_of
 from clipfast.model.intermediates import image_intermediates, text_intermediates
 from clipfast.model.packed import Packed, pack, padded, uncompiled
@@ -391,6 +392,8 @@ class CLIP(nn.Module):
         visual = self.visual
         if watched() or not isinstance(visual, VisionTransformer | ModifiedResNet):
             return image.type(self.dtype)
+        if isinstance(image, Tensor):
+            check_threads(image)
         side, channels = visual.input_resolution, getattr(visual.conv1, "in_channels", 3)
         expected = f"[B, {channels}, {side}, {side}]"
         if not isinstance(image, Tensor) or not image.is_floating_point():
@@ -414,6 +417,8 @@ class CLIP(nn.Module):
             ValueError: a shape or a length does not fit, an id is not in the vocabulary.
             TypeError: ``text`` is no tensor of integers.
         """
+        if isinstance(text, Tensor):
+            check_threads(text)
         return pack(text, lengths, self.context_length, self.token_embedding.num_embeddings, self.end_token)
 
     def _embed_packed(self, packed: Packed) -> tuple[Tensor, Layout]:

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from clipfast.data.sources import TABLES, Sample, Shards, Source, no_caption, read_folder, read_table, stored, tars_in
+from clipfast.files import first_line
 from clipfast.inputs.image import read_rgb
 from clipfast.inputs.tokenizer import tokenize
 
@@ -327,6 +328,11 @@ class _BatchStream(IterableDataset[Batch | Exception]):
                 step += workers
         except (ValueError, OSError, ImportError) as error:
             yield error
+        except RuntimeError as error:
+            if "shared memory" not in str(error):
+                raise
+            told = f"expected room for batches of {self.rows * len(self.own)} in /dev/shm, got: {first_line(error)}"
+            yield OSError(f"{told}; give it more (docker run --shm-size=8g), or read without workers (workers 0)")
 
     def _endless(self, part: int, parts: int, skip: int) -> Iterator[Sample]:
         """This part's samples, epoch after epoch, without the first `skip`."""

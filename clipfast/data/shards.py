@@ -99,7 +99,7 @@ class Shards:
         except _TooLarge as error:
             yield Sample(url, None, None, {"shard": url}, f"shard {url}: {error}")
         except Exception as error:  # besides tarfile's and zlib's, whatever the client of a remote store raises
-            reason = error.args[0] if error.args else ""
+            reason = getattr(error, "strerror", "") or (error.args[0] if error.args else "")
             told = f"shard {url}: expected a readable tar, got {type(error).__name__}: {reason}; write or fetch it again"
             yield Sample(url, None, None, {"shard": url}, told)
 

@@ -30,7 +30,7 @@ FIRST: dict[str, dict[str, dict[str, Any]]] = {
         "L/14": dict(lengths=(257,) * 4, heads=16),
     },
     "contrastive": _PAIRS,
-    "expand": {"no tile fits": dict(rows=301, C=72), "4k": dict(rows=4096, C=768)},
+    "expand": {"no tile fits": dict(rows=301, C=192), "4k": dict(rows=4096, C=768)},
     "layer_norm": {"no tile fits": dict(shape=(37, 72), residual=True), "4k": dict(shape=(4096, 768), residual=True)},
     "mlp": {"no tile fits": dict(rows=301, C=72), "4k": dict(rows=4096, C=768)},
     "pairwise_sigmoid": _PAIRS,

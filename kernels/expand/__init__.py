@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -68,7 +70,9 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dy, _):
     x, weight, bias, h = ctx.saved_tensors
-    dh, dbias = OPS["mlp"].backward(dy, h, bias, ctx.quick_gelu)
+    # The pass of mlp's backward has no kernel in CUDA C++: where that is asked for, it is Triton's.
+    with dispatch.use("triton") if dispatch.forced() == "cuda" else contextlib.nullcontext():
+        dh, dbias = OPS["mlp"].backward(dy, h, bias, ctx.quick_gelu)
     dweight = dh.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
     return dh @ weight if ctx.needs_input_grad[0] else None, dweight, dbias, None, None
 

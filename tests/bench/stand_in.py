@@ -100,7 +100,7 @@ def shrink() -> None:
         if name != "cuda" or not passed.source_of(self.name, "cuda").exists():
             return real(self, name)
         parts = {part: getattr(self.spec, part) for part in self.parts}
-        return SimpleNamespace(supports=lambda *args: None, **parts)
+        return SimpleNamespace(supports=lambda x, *_: "no fp64" if x.dtype == torch.float64 else None, **parts)
 
     dispatch.Backends.backend = backend  # type: ignore[method-assign,assignment]
 

@@ -118,9 +118,9 @@ def measured(
 def judged(results: dict[str, Any], curves: dict[str, dict[int, list[int]]], compute: dict[str, float]) -> list[Verdict]:
     """A verdict for each figure whose numbers are there."""
     found = [
-        verdicts.efficiency("predicts captions", WORDS, "3", curves),
-        verdicts.efficiency(WORDS, BAG, "4", curves),
-        verdicts.efficiency(WORDS, MAIN, "4 (there with a bag of words; here with the text transformer)", curves),
+        verdicts.efficiency("predicts captions", WORDS, 3, curves),
+        verdicts.efficiency(WORDS, BAG, 4, curves),
+        verdicts.efficiency(WORDS, MAIN, 4, curves, " (there with a bag of words, here with the text transformer)"),
     ]
     own = results["zero"].get(MAIN)
     if not own:

@@ -75,14 +75,15 @@ def reached(curve: Sequence[tuple[float, float]], accuracy: float) -> float:
     return float(curve[-1][0])
 
 
-def efficiency(slow: str, fast: str, times: str, curves: Mapping[str, Mapping[int, Sequence[int]]]) -> Verdict:
+def efficiency(slow: str, fast: str, times: int, curves: Mapping[str, Mapping[int, Sequence[int]]], note: str = "") -> Verdict:
     count = len(next(iter(curves[slow].values())))
     found = speedup(curves[slow], curves[fast])
     interval = drawn(lambda rows: speedup(curves[slow], curves[fast], rows), count)
     ends = [float(np.mean(curves[name][max(curves[name])])) for name in (slow, fast)]
     here = f"“{fast}” ends at {ends[1]:.1%} of {count} drawings, “{slow}” at {ends[0]:.1%}: "
     here += f"{found:.1f} × ({span(interval, '.1f')})"
-    return Verdict("2", f"“{fast}” is {times} × as efficient in images seen as “{slow}”", here, judged(interval, 1.0))
+    told = f"“{fast}” is {times} × as efficient in images seen as “{slow}”{note}"
+    return Verdict("2", told, here, judged(interval, 1.0))
 
 
 # ---- zero-shot beside probes

@@ -47,7 +47,7 @@ def test_a_speed_up_is_read_off_the_curves():
     ],
 )
 def test_efficiency(fast, expected):
-    found = verdicts.efficiency("slow", "fast", "3", {"slow": SLOW, "fast": fast})
+    found = verdicts.efficiency("slow", "fast", 3, {"slow": SLOW, "fast": fast})
     assert found.agrees == expected and "400 drawings" in found.here
 
 

@@ -158,7 +158,8 @@ def run_eval(data: DataConfig, options: Eval, asked: Measure) -> None:
     for key, value in results.items():
         if isinstance(value, list | dict | None):
             continue  # printed as a table, or for results.json alone
-        print(f"{key:20} {f'{value:8.2%}' if isinstance(value, float) else f'{value:6}'}")
+        form = "8.3g" if key == "penalty" else "8.2%" if isinstance(value, float) else "6"  # all others are shares
+        print(f"{key:20} {value:{form}}")
     if options.out:
         with output_folder(options.out) as folder, replacing(folder / "results.json") as file:
             file.write(json.dumps({"task": options.task, "model": options.checkpoint or options.model, "data": data.data}

@@ -247,7 +247,8 @@ def test_by_the_command_line(model: CLIP, root: Path, tmp_path: Path, capsys) ->
     export(CLIP(**SIZES), other, "safetensors")
     common = ["eval", str(root / "test"), "--train", str(root / "train"), "--device", "cpu", "--model", weights]
     assert main([*common, "--task", "probe", "--out", str(tmp_path / "head")]) == 0
-    capsys.readouterr()
+    told = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert told["score"] == "100.00%" and 1e-6 <= float(told["penalty"]) <= 1e6
     picture = str(root / "test" / "blue" / "0.png")
     ask = ["classify", picture, "--head", str(tmp_path / "head"), "--device", "cpu", "--model"]
     assert main([*ask, weights]) == 0

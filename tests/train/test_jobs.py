@@ -434,3 +434,27 @@ def test_nothing_waits_for_a_job_of_one() -> None:
     towers = Towers(tiny())
     assert spread(towers, [], [], "fsdp", job) is towers
     exchange(towers, False)
+
+
+# ---- killed ------------------------------------------------------------------------------------------------------------------
+
+
+def killed(folder: Path, *arguments: int) -> int:
+    """How many runs were killed at operations of checkpoints, model.pt, logs and config; all ended as the one that was not."""
+    command = [sys.executable, "-m", "tests.train.forks", str(folder), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kills, wrong = json.loads(done.stdout)
+    assert not wrong, wrong
+    return kills
+
+
+def test_killed_at_some_of_its_file_operations_a_run_is_bitwise_the_one_that_was_not(tmp_path: Path) -> None:
+    assert killed(tmp_path, 1, 0, 25, 13) >= 2  # one rank, rank 0, every 25th operation from the 13th on
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "victim", "step", "least"), [(1, 0, 1, 60), (2, 0, 2, 30), (2, 1, 1, 5)])
+def test_killed_at_each_of_its_file_operations(tmp_path: Path, world: int, victim: int, step: int, least: int) -> None:
+    assert killed(tmp_path, world, victim, step) >= least

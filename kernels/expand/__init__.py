@@ -73,7 +73,7 @@ def _backward(ctx, dy, _):
     # The pass of mlp's backward has no kernel in CUDA C++: where that is asked for, it is Triton's.
     with dispatch.use("triton") if dispatch.forced() == "cuda" else contextlib.nullcontext():
         dh, dbias = OPS["mlp"].backward(dy, h, bias, ctx.quick_gelu)
-    dweight = dh.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+    dweight = dh.reshape(-1, dh.shape[-1]).T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
     return dh @ weight if ctx.needs_input_grad[0] else None, dweight, dbias, None, None
 
 

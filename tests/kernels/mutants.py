@@ -233,7 +233,11 @@ COMPILED: dict[str, list[tuple[str, ...]]] = {
         ("warp < tiles(); warp += kWarps", "warp < tiles(); warp += tiles()"),
         ("(first ^ 32 * d)", "(first ^ 16 * d)"),
         ("  copy_wait<0>();\n  __syncthreads();\n  Left left;", "  copy_wait<0>();\n  Left left;"),
-        ("__syncwarp();  // the queries before have been read", ""),
+        (
+            "__syncwarp();  // the queries before have been read",
+            "",
+            "they were read before products at which all lanes met; the ISA promises it of this alone",
+        ),
         ("    copy_wait<0>();\n    __syncwarp();\n    left", "    copy_wait<0>();\n    left"),
         ("if (8 * tile + i % 2 >= seen) s[tile][i] = -INFINITY;", ""),
         ("total[half] *= shrink[half], top", "top"),

@@ -56,7 +56,7 @@ def test_matches_spec(name: str, dtype: str) -> None:
 
 
 def test_what_is_kept_and_views() -> None:
-    """x starts at an odd place and the weight is transposed; h is the product in 16 bit, before the bias; a bias in fp32 is taken as it is."""
+    """x starts at an odd place, the weight is transposed, the bias in fp32; h is the product in 16 bit, before the bias."""
     made = spec.inputs(torch.Generator().manual_seed(0), rows=9, C=64)
     x = torch.zeros(9 * 64 + 1, dtype=torch.bfloat16)[1:].view(9, 64).copy_(made["x"])
     weight, bias = made["weight"].bfloat16().T.contiguous().T, made["bias"].float()

@@ -229,10 +229,11 @@ class _Maker:
 
 
 def row_of(sample: Sample, features: Sequence[str] = ("image",)) -> Row:
-    """What is kept beside a row of vectors."""
-    of_image = isinstance(sample.image, str | Path) and [*features] != ["text"]
-    path = {"image_path": str(sample.image)} if of_image else {}
-    return sample.meta | path | {"key": sample.key, "caption": sample.caption}
+    """What is kept beside a row of vectors; image_path as clip-retrieval's filter and back-end look for it."""
+    path = str(sample.image) if isinstance(sample.image, str | Path) else sample.key
+    return (
+        sample.meta | ({} if [*features] == ["text"] else {"image_path": path}) | {"key": sample.key, "caption": sample.caption}
+    )
 
 
 def _text(entry: Entry) -> str:

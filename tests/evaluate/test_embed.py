@@ -11,6 +11,7 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pandas
 import pyarrow.parquet
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_vectors_and_what_they_are_of(model, tmp_path, dtype):
     assert sizes(tmp_path / "out") == [7, 5, 7, 5]  # a shard begins another part
     names = [path.stem.removeprefix("img_emb_") for path in sorted((tmp_path / "out" / "img_emb").iterdir())]
     assert names == ["00000", "00000_0001", "00001", "00001_0001"]
-    assert found.rows[7] == {"key": "0007", "caption": "picture 7", "number": 7}
+    assert found.rows[7] == {"key": "0007", "image_path": "0007", "caption": "picture 7", "number": 7}
 
 
 @pytest.mark.parametrize("layers", [1, (1, 1, 1, 1)])
@@ -113,7 +114,7 @@ def test_texts_alone_read_no_image(model, tmp_path, caplog):
 
 
 def test_formats_as_clip_retrieval_and_autofaiss_read_them(model, tmp_path):
-    """Index and back-end of clip-retrieval: img_emb/*.npy, text_emb/*.npy, metadata/*.parquet, in order of names."""
+    """Index, filter and back-end of clip-retrieval: img_emb/*.npy, text_emb/*.npy, metadata/*.parquet, in order of names."""
     source = DataConfig(write_shards(tmp_path / "data", shards=2, each=3)).open()
     for form in ("npy", "clip-retrieval", "parquet"):
         embed(model, PREPROCESS, source, tmp_path / form, features=("image", "text"), form=form, part_size=2)
@@ -124,12 +125,11 @@ def test_formats_as_clip_retrieval_and_autofaiss_read_them(model, tmp_path):
         for own in ("image", "text"):
             np.testing.assert_array_equal(found.vectors[own], whole.vectors[own])
     theirs = tmp_path / "clip-retrieval"
-    names = {
-        kind: [path.stem[len(kind) + 1 :] for path in sorted((theirs / kind).iterdir())] for kind in ("img_emb", "text_emb")
-    }
-    tables = sorted((theirs / "metadata").glob("*.parquet"))
-    assert names["img_emb"] == names["text_emb"] == [path.stem.removeprefix("metadata_") for path in tables]
-    assert pyarrow.parquet.read_table(tables[1]).to_pylist() == [{"key": "0002", "caption": "picture 2", "number": 2}]
+    table = pandas.concat(pandas.read_parquet(path) for path in sorted((theirs / "metadata").glob("*.parquet")))
+    assert table["image_path"].tolist() == keys(whole) and table["caption"].tolist() == [caption(n) for n in range(6)]
+    for kind, own in (("img_emb", "image"), ("text_emb", "text")):
+        parts = [np.load(path) for path in sorted((theirs / kind).glob("*.npy"))]
+        np.testing.assert_array_equal(np.concatenate(parts), whole.vectors[own])
     one = pyarrow.parquet.read_table(sorted((tmp_path / "parquet" / "metadata").iterdir())[0])
     np.testing.assert_array_equal(np.stack(one["image_embedding"].to_numpy()), whole.vectors["image"][:2])
 

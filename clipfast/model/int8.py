@@ -18,6 +18,7 @@ class Int8Linear(nn.Module):
 
     weight: Tensor  # int8, in panels
     scale: Tensor  # [C_out]
+    bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """weight: [C_out, C_in], which is not kept; bias: [C_out], which is."""
@@ -26,7 +27,7 @@ class Int8Linear(nn.Module):
         rows, scale = quantised(weight)
         self.register_buffer("weight", rows)
         self.register_buffer("scale", scale)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
         return int8_linear(x, self.weight, self.scale, self.bias)

@@ -29,7 +29,10 @@ class Linear(NamedTuple):
 
     @classmethod
     def of(cls, module: Any) -> Linear:
-        return cls(module.weight, module.bias, module.scale if type(module) is Int8Linear else None)
+        if type(module) is Int8Linear:  # read past nn.Module's look-up, which for a text of 12 tokens is 3 % of the time
+            held = module._buffers
+            return cls(held["weight"], module._parameters["bias"], held["scale"])  # type: ignore[arg-type]
+        return cls(module.weight, module.bias)
 
     def __call__(self, x: Tensor, quick_gelu: bool | None = None) -> Tensor:
         """x [..., in] -> [..., out]; ``quick_gelu``: the activation of an int8 one."""
@@ -250,8 +253,9 @@ class ResidualAttentionBlock(nn.Module):
         return x + (y if self.ls_2 is None else self.ls_2(y))
 
     def parts(self) -> Parts:
-        attn: Any = self.attn
-        mlp: Any = self.mlp
+        own = self._modules
+        attn: Any = own["attn"]
+        mlp: Any = own["mlp"]
         kind = type(mlp.gelu)
         exact = kind is nn.GELU and mlp.gelu.approximate == "none"
         int8 = type(attn) is Int8Attention

@@ -26,7 +26,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     Returns:
         [..., C_out] in the dtype of ``x``.
     """
-    out, C = len(scale), x.shape[-1]
+    out, C = scale.shape[0], x.shape[-1]
     n, k = PANEL
     expected = (-(-out // n), -(-C // k), n, k)
     if weight.shape != expected or weight.dtype != torch.int8:
@@ -36,15 +36,14 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
         )
     if bias is not None and bias.shape != (out,):
         raise ValueError(f"int8_linear: expected a bias of shape {(out,)}, got {tuple(bias.shape)}")
-    if x.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         raise RuntimeError("int8_linear: expected no gradient to be asked for: 8-bit weights only infer; train the fp32 model")
     return OP(x, weight, scale, bias, quick_gelu)
 
 
 def _supports_cpu(*args: object) -> str | None:
-    x, _, scale, bias, _ = args
-    tensors = [t for t in (x, scale, bias) if isinstance(t, Tensor)]
-    if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors):
+    tensors = [t for t in args[:1] + args[2:4] if isinstance(t, Tensor)]
+    if not all([t.dtype == torch.float32 and t.is_cpu for t in tensors]):
         return f"expected float32 on the CPU, got {', '.join(sorted({f'{t.dtype} on {t.device}' for t in tensors}))}"
     return None
 

@@ -1,8 +1,8 @@
 """`python -m tests.hostile [PART ...] [--minutes 30] [--first N] [--inputs N]`: what `make soak` runs.
 
-Prints for each reader how many inputs it was given and how many answers were wrong, crashed, hung or above memory; then what the
-sanitizers, the memory and the month report. Exit code 1 if there was anything. A part that is cut short by the clock says how
-far it came.
+Prints for each reader how many inputs it was given and how many answers were wrong, crashed, hung or above memory; then what
+the sanitizers, the memory and the month report. Exit code 1 if there was anything. A part that is cut short by the clock says
+how far it came.
 """
 
 from __future__ import annotations

@@ -96,6 +96,7 @@ struct Cta {
   bool fenced;  // whether the initialisation of its mbarriers is
   std::unique_ptr<Guarded> memory;
   std::map<uint32_t, Barrier> barriers;
+  std::map<uint32_t, const void*> unseen;  // 16 bytes of cp.async that their thread waited for, and no barrier since
   Named named[16];
   std::deque<Warp> warps;
   std::vector<Product> asked[8];  // of each warpgroup
@@ -165,7 +166,12 @@ inline void arrive_named(Named& b, int threads) {
   if (machine.random() % 4 == 0)
     machine.starved = &warps[std::min<size_t>(warps.size() - 1, self->warp->id / 4 * 4 + machine.random() % 4)];
 }
+// "cp.async.wait_group": what was copied is seen by the thread that waits, by others behind a barrier.
+inline void show_copies() {
+  std::erase_if(self->cta->unseen, [](const auto& copy) { return copy.second == self; });
+}
 inline void sync_named(Named& b, int threads) {
+  show_copies();
   const uint64_t generation = b.generation;
   arrive_named(b, threads);
   wait_until([&] { return b.generation != generation; });
@@ -355,7 +361,7 @@ inline bool __all_sync(unsigned, bool value) {
   const uint64_t* values = emulated::meet(3, value);
   return std::count(values, values + 32, 0u) == 0;
 }
-inline void __syncwarp() { emulated::meet(4); }
+inline void __syncwarp() { emulated::show_copies(), emulated::meet(4); }
 inline void __syncthreads() { emulated::sync_named(emulated::self->cta->named[0], emulated::machine.x); }
 
 inline float rsqrtf(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
@@ -470,6 +476,7 @@ template <int pending> void copy_wait() {
   for (; self->batches.size() > pending; self->batches.pop_front())
     for (size_t left = self->batches.front(); left-- > 0; self->copies.pop_front()) {
       const emulated::AsyncCopy& copy = self->copies.front();
+      self->cta->unseen[shared_address(copy.to)] = self;
       std::memset(copy.to, 0, 16), std::memcpy(copy.to, copy.from, copy.bytes);
     }
 }
@@ -481,6 +488,7 @@ inline void load_matrices(uint32_t (&r)[4], const char* row, bool transposed) {
   emulated::Warp& w = *self->warp;
   const int side = (self->meetings + 1) % 2;
   meet(transposed ? 21 : 20, shared_address(row), [&, cta = self->cta] {
+    for (int i = 0; i < 32; ++i) require(!cta->unseen.count(w.values[side][i]), "a copy read that no barrier has shown to others");
     for (int i = 0, banks = 0; i < 32; ++i) {  // 32 of 4 bytes, which the eight rows of a matrix share
       banks = (i % 8 ? banks : 0) | 1 << w.values[side][i] / 16 % 8;
       require(i % 8 < 7 || banks == 255, "rows of a matrix of ldmatrix in the same banks");

@@ -31,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "transposed": dict(rows=(31,), C=64, out=48, layout="transposed"),
     "zero rows": dict(rows=(9,), C=64, out=48, layout="zero rows"),
     "outliers": dict(rows=(9,), C=64, out=48, layout="outliers", quick_gelu=False),
-    "blocks of rows": dict(rows=(701,), C=32, out=70),
+    "blocks of rows": dict(rows=(301,), C=1030, out=70),
 }
 BENCH: dict[str, dict[str, Any]] = {
     "text of 12 fc": dict(rows=(12,), C=512, out=2048, quick_gelu=True),

@@ -331,6 +331,16 @@ COMPILED: dict[str, list[tuple[str, ...]]] = {
         ("column > 0, loss + row", "false, loss + row"),
         ("(l < 0.0f ? e : 1.0f) * reciprocal", "(l > 0.0f ? e : 1.0f) * reciprocal"),
     ],
+    "int8_linear/cpu.cpp": [
+        ("Set::kOffset ? 128 * totals[i] : 0", "Set::kOffset ? 127 * totals[i] : 0"),
+        ("magnitude / 127.0f :", "magnitude / 128.0f :"),
+        ("magnitude >= kLeast ? 127.0f / magnitude : 0.0f", "127.0f / magnitude"),
+        ("return x > 0 ? x - half : half;", "return x - half;"),
+        ("(call.bias ? call.bias[j + c] : 0.0f)", "(call.bias ? call.bias[c] : 0.0f)"),
+        ("strip_of<Set>()(q + r * depth,", "strip_of<Set>()(q,"),
+        ("const int64_t r = t / strips * R,", "const int64_t r = 0 * R,"),
+        ("static_cast<int32_t>(__builtin_rintf(x[c] * factor))", "static_cast<int32_t>(x[c] * factor)"),
+    ],
     "mlp/cpu.cpp": [
         ("exp_fp32(-1.702f * x)", "exp_fp32(-1.7f * x)"),
         ("(1.0f + 1.702f * x * (1.0f - g))", "(1.0f + 1.702f * x)"),

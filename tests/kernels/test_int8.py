@@ -83,8 +83,8 @@ def test_numbers_that_have_no_integer(backend: str, quick_gelu: bool | None) -> 
 
 @pytest.mark.parametrize("backend", backends())
 def test_a_row_stands_alone(backend: str) -> None:
-    x, bias = normal(700, 128), normal(96, seed=2)
-    weight, scale = quantised(normal(96, 128, seed=1))
+    x, bias = normal(700, 512), normal(96, seed=2)  # two blocks of rows
+    weight, scale = quantised(normal(96, 512, seed=1))
     with kernels.use(backend):
         together = kernels.int8_linear(x, weight, scale, bias, True)
         for first, last in ((0, 1), (5, 12), (255, 300), (699, 700)):

@@ -243,7 +243,11 @@ COMPILED: dict[str, list[tuple[str, ...]]] = {
         ("total[half] *= shrink[half], top", "top"),
         ("y.at[i / 4][i % 4] *= shrink[i % 4 / 2];", "y.at[i / 4][i % 4] *= shrink[i % 2];"),
         ("top[half] * kScale + logf", "top[half] * kUnit + logf"),
-        ("lse[team.of_lse(p, row)] * kLog2E : INFINITY", "lse[team.of_lse(p, row)] * kLog2E : 0.0f"),
+        (
+            "lse[team.of_lse(p, row)] * kLog2E : INFINITY",
+            "lse[team.of_lse(p, row)] * kLog2E : 0.0f",
+            "queries behind the end are zeros and add nothing",
+        ),
         ("for (int lanes = 1; lanes < 8; lanes *= 2)", "for (int lanes = 1; lanes < 4; lanes *= 2)"),
         ("    }\n  });\n  __syncthreads();", "    }\n  });"),
         ("job < 2 * tiles; job += kWarps", "job < 2 * tiles; job += 2 * kWarps"),

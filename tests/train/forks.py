@@ -95,8 +95,11 @@ def killed_at_each(folder: Path, world: int, victim: int, step: int, first: int 
         again = [ended(pid) for pid in start(out, world)]
         if done != -signal.SIGKILL or any(again):
             wrong.append(f"operation {operation}: ended with {done}, then {again}")
-        else:
+            continue
+        try:
             wrong += [f"operation {operation}: {told}" for told in differ(results(out), expected)]
+        except (OSError, ValueError) as error:
+            wrong.append(f"operation {operation}: {error}")
     raise AssertionError
 
 

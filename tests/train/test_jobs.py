@@ -451,7 +451,7 @@ def killed(folder: Path, *arguments: int) -> int:
 
 
 def test_killed_at_some_of_its_file_operations_a_run_is_bitwise_the_one_that_was_not(tmp_path: Path) -> None:
-    assert killed(tmp_path, 1, 0, 25, 13) >= 2  # one rank, rank 0, every 25th operation from the 13th on
+    assert killed(tmp_path, 1, 0, 30, 11) >= 2  # one rank, rank 0, every 30th operation from the 11th on
 
 
 @pytest.mark.slow

@@ -247,9 +247,11 @@ def run(world: World, work: Path, out: Path, clock: Clock, attribution: str, **c
         for name in OBJECTIVES
     }
     compute = {name: row["flops"] for name, row in about.items()}
-    told = judged(results, curves, compute)
+    told, end = judged(results, curves, compute), curves[MAIN][max(curves[MAIN])]
+    if not verdicts.learned(end):  # what it cannot do says nothing of what the paper found
+        told = [own._replace(agrees=verdicts.OPEN) for own in told]
     text = page.page(
-        introduction(world, about, part, clock), told, sections(results, curves, compute, world, work),
+        introduction(world, about, part, clock, verdicts.learned(end)), told, sections(results, curves, compute, world, work),
         f"<h2>Sources</h2><pre>{page.escape(attribution)}</pre><p>{page.escape(machine())}</p>",
     )  # fmt: skip
     with replacing(out / "paper.html") as file:
@@ -261,7 +263,7 @@ def run(world: World, work: Path, out: Path, clock: Clock, attribution: str, **c
     return told
 
 
-def introduction(world: World, about: dict[str, Any], part: Parts, clock: Clock) -> str:
+def introduction(world: World, about: dict[str, Any], part: Parts, clock: Clock, learned: bool) -> str:
     steps = {name: row["steps"] for name, row in about.items()}
     cut = [f"{name} after {own:,}" for name, own in steps.items() if own < max(steps.values())]
     text = (
@@ -271,6 +273,7 @@ def introduction(world: World, about: dict[str, Any], part: Parts, clock: Clock)
         "there is one run of each model, so they do not hold what another seed would change. "
         f"{clock.spent() / 60:.1f} of {clock.minutes:g} minutes."
     )
+    text += "" if learned else " The time was too short to learn anything: nothing is decided by what follows."
     text += f" Stopped by their time: {', '.join(cut)}." if cut else ""
     text += f" Left out for want of time: {', '.join(part.left_out)}." if part.left_out else ""
     return f'<p class="soft">{page.escape(text)}</p>'

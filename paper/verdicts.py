@@ -45,6 +45,11 @@ def span(interval: Interval, form: str = "+.1%") -> str:
     return f"{format(interval.low, form)} to {format(interval.high, form)}"
 
 
+def learned(hits: Sequence[int]) -> bool:
+    """Whether as many names as drawings are told apart better than by chance."""
+    return clopper_pearson(int(np.sum(hits)), len(hits), LEVEL).low > 1 / len(hits)
+
+
 # ---- figure 2
 
 
@@ -83,7 +88,9 @@ def efficiency(slow: str, fast: str, times: int, curves: Mapping[str, Mapping[in
     here = f"“{fast}” ends at {ends[1]:.1%} of {count} drawings, “{slow}” at {ends[0]:.1%}: "
     here += f"{found:.1f} × ({span(interval, '.1f')})"
     told = f"“{fast}” is {times} × as efficient in images seen as “{slow}”{note}"
-    return Verdict("2", told, here, judged(interval, 1.0))
+    chance = [name for name in (slow, fast) if not learned(curves[name][max(curves[name])])]
+    here += f"; no more than chance: {', '.join(f'“{name}”' for name in chance)}" if chance else ""
+    return Verdict("2", told, here, OPEN if chance else judged(interval, 1.0))
 
 
 # ---- zero-shot beside probes

@@ -51,6 +51,13 @@ def test_efficiency(fast, expected):
     assert found.agrees == expected and "400 drawings" in found.here
 
 
+def test_who_has_learned_nothing_decides_nothing():
+    nothing = {100: hits(0.0025), 10000: hits(0.0025)}  # one of 400, which is chance
+    found = verdicts.efficiency("slow", "fast", 3, {"slow": nothing, "fast": {100: hits(0.1), 10000: hits(0.4)}})
+    assert found.agrees == OPEN and found.here.endswith("no more than chance: “slow”")
+    assert verdicts.learned(hits(0.03)) and not verdicts.learned(hits(0.005))
+
+
 @pytest.mark.parametrize(("gain", "expected"), [(0.05, AGREES), (-0.05, NOT), (0.0, OPEN)])
 def test_differences_over_sets(gain, expected):
     zero, other = around(0.5 + gain), around(0.5, -0.01)

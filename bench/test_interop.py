@@ -13,7 +13,7 @@ from torch import nn
 
 from bench.plan import image_flops
 from bench.rivals import open_clip
-from bench.test_towers import CAPTIONS, DEVICE, text_floor
+from bench.test_towers import CAPTIONS, DEVICE, DTYPE, agree, text_floor
 from clipfast.inputs.tokenizer import tokenize
 from clipfast.interop import accelerate
 from clipfast.model import MODELS
@@ -45,7 +45,7 @@ def pair() -> Callable[[str], tuple[Any, Any]]:
 
 def accelerated(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """A model accelerated, and as it is."""
-    before = model.eval().to(DEVICE)
+    before = model.eval().to(DEVICE, DTYPE)
     after = copy.deepcopy(before)
     assert accelerate(after)
     return after, before
@@ -65,17 +65,13 @@ def open_clips() -> tuple[Any, Any]:
     return accelerated(open_clip.create_model("ViT-B-32"))
 
 
-def check(got: torch.Tensor, expected: torch.Tensor) -> None:
-    assert (got - expected).norm() <= 1e-5 * expected.norm()
-
-
 @pytest.mark.parametrize("B", [16, 1])
 def test_clip_model_images(compare, pair, B: int) -> None:
     after, before = pair("CLIPModel")
-    image = torch.randn(B, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    image = torch.randn(B, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(DEVICE, DTYPE)
     weights = 4 * sum(p.numel() for p in before.vision_model.parameters())
     with torch.no_grad():
-        check(after.get_image_features(image).pooler_output, before.get_image_features(image).pooler_output)
+        agree(after.get_image_features(image).pooler_output, before.get_image_features(image).pooler_output)
         compare(
             lambda: after.get_image_features(image).pooler_output,
             {"transformers": lambda: before.get_image_features(image).pooler_output},
@@ -91,7 +87,7 @@ def test_clip_model_captions(compare, pair, B: int) -> None:
     text = text.long().to(DEVICE)
     mask = (torch.arange(text.shape[1]) < lengths[:, None]).long().to(DEVICE)
     with torch.no_grad():
-        check(after.get_text_features(text, mask).pooler_output, before.get_text_features(text, mask).pooler_output)
+        agree(after.get_text_features(text, mask).pooler_output, before.get_text_features(text, mask).pooler_output)
         compare(
             lambda: after.get_text_features(text, mask).pooler_output,
             {"transformers": lambda: before.get_text_features(text, mask).pooler_output},
@@ -106,7 +102,7 @@ def test_clip_text_model_all_states(compare, pair, B: int) -> None:
     text = tokenize(CAPTIONS[:B]).long().to(DEVICE)
     sizes = SIZES | dict(transformer_width=768, transformer_heads=12)
     with torch.no_grad():
-        check(after(text)[0], before(text)[0])
+        agree(after(text)[0], before(text)[0])
         compare(
             lambda: after(text)[0], {"transformers": lambda: before(text)[0]},
             items=B, floor=text_floor(sizes, torch.full((B,), 77)),
@@ -116,11 +112,11 @@ def test_clip_text_model_all_states(compare, pair, B: int) -> None:
 @pytest.mark.parametrize("B", [16, 1])
 def test_timm_classifier(compare, B: int) -> None:
     after, before = classifier()
-    image = torch.randn(B, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    image = torch.randn(B, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(DEVICE, DTYPE)
     sizes = SIZES | dict(vision_patch_size=16)
     weights = 4 * sum(p.numel() for p in before.parameters())
     with torch.no_grad():
-        check(after(image), before(image))
+        agree(after(image), before(image))
         compare(
             lambda: after(image), {"timm": lambda: before(image)}, items=B, floor=(B * int(image_flops(sizes)), weights),
         )  # fmt: skip
@@ -129,10 +125,10 @@ def test_timm_classifier(compare, B: int) -> None:
 @pytest.mark.parametrize("B", [16, 1])
 def test_open_clip_images(compare, B: int) -> None:
     after, before = open_clips()
-    image = torch.randn(B, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    image = torch.randn(B, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(DEVICE, DTYPE)
     weights = 4 * sum(p.numel() for p in before.visual.parameters())
     with torch.no_grad():
-        check(after.encode_image(image), before.encode_image(image))
+        agree(after.encode_image(image), before.encode_image(image))
         compare(
             lambda: after.encode_image(image), {"open_clip": lambda: before.encode_image(image)},
             items=B, floor=(B * int(image_flops(SIZES)), weights),
@@ -145,7 +141,7 @@ def test_open_clip_captions(compare, B: int) -> None:
     text, lengths = tokenize(CAPTIONS[:B], return_lengths=True)
     text = text.long().to(DEVICE)
     with torch.no_grad():
-        check(after.encode_text(text), before.encode_text(text))
+        agree(after.encode_text(text), before.encode_text(text))
         compare(
             lambda: after.encode_text(text), {"open_clip": lambda: before.encode_text(text)},
             items=B, floor=text_floor(SIZES, lengths), mean_tokens=float(lengths.double().mean()),

@@ -157,7 +157,7 @@ def test_growth(compare, full: bool, name: str) -> None:
                 float(run())  # waits for the device
                 times.append(perf_counter() - start)
             last.append(dict(N=N, ms=1e3 * median(times), bytes=memory))
-    own = [point for point in series["ours"] if point["N"] >= 4096]
+    own = [point for point in series["ours"] if point["N"] >= sizes.LAW]
     exponents = {what: exponent(own, what) for what in ("ms", "bytes")}
     first = forward_backward(contenders(name, grown[0], False)["ours"], features(grown[0]))  # type: ignore[arg-type]
     compare(first, {}, rounds=3, D=D, series=series, exponents=exponents)

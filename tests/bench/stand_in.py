@@ -30,6 +30,8 @@ class OnTheCpu(TorchFunctionMode):
     """Whatever asks for the GPU is given the CPU."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.cuda:
+            return args[0]
         kwargs = {k: _here(v) for k, v in (kwargs or {}).items()}
         return function(*map(_here, args), **kwargs)
 
@@ -109,6 +111,7 @@ def shrink() -> None:
     measure.DTYPE = torch.float16  # the interpreter cannot multiply bf16
     measure.roofline = lambda: dict(bytes_per_s=1e10, flops_per_s=1e11)
     sizes.LOSSES, sizes.MORE_LOSSES, sizes.GROWTH, sizes.WIDTH = [16, 32], [], [16, 32], 16
+    sizes.LAW = 0
     sizes.IMAGES, sizes.CAPTIONS, sizes.PAIRS = [("ViT-L/14", 2), ("ViT-B/32", 1)], 3, [2]
     tiny = dict(image_resolution=32, vision_layers=1, vision_width=64, vision_patch_size=16, transformer_width=64)
     for name in ("ViT-B/32", "ViT-L/14"):
@@ -131,7 +134,7 @@ def armed(kind: str) -> None:
 
     def append(path: Any, what: str, **found: Any) -> None:
         real(path, what, **found)
-        if path is not None and what not in ("machine", "tests", "library"):
+        if path is not None and what not in ("machine", "tests", "library", "roofline"):
             strike(kind)
 
     lines.append = append

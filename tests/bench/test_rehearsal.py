@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 from dataclasses import replace
@@ -225,26 +226,31 @@ def test_first_light_and_tests_on_the_stand_in(stand_in: Path, monkeypatch) -> N
 
 
 def _every() -> list[str]:
+    """The stages of both plans, those of one kernel for layer norm alone; not the two that have no tiny size."""
     stages = [stage for which in ("first", "check") for group in run.plan(which, Path("lines")) for stage in group]
-    return sorted({stage.name for stage in stages if stage.command[0] not in ("ncu", "compute-sanitizer")})
+    names = {stage.name for stage in stages if stage.command[0] not in ("ncu", "compute-sanitizer")} - {
+        "other libraries",
+        "tests of the losses",
+    }
+    of_one = re.compile(r"(light|tests|parts) (?!layer_norm|of)")
+    return sorted(name for name in names if not of_one.match(name))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", _every())
-def test_every_stage_on_the_stand_in_as_it_is_and_broken(stand_in: Path, monkeypatch, name: str) -> None:
+@pytest.mark.parametrize(("number", "name"), list(enumerate(_every())))
+def test_every_stage_on_the_stand_in_as_it_is_and_broken(stand_in: Path, monkeypatch, number: int, name: str) -> None:
+    """Whole it ends well; broken, each in its way, it leaves what it had found."""
     groups = [group for which in ("first", "check") for group in run.plan(which, stand_in / "lines.jsonl")]
-    one = next(stage for group in groups for stage in group if stage.name == name)
-    one = replace(one, seconds=300)
+    one = replace(next(stage for group in groups for stage in group if stage.name == name), seconds=400)
     whole = one_stage(monkeypatch, stand_in, [one])
-    assert list(record.problems(whole)) == [] or name in ("tests of the losses", "roofline")
     assert whole["stages"][0]["code"] == 0, whole["stages"][0]["said"]
+    kind = KINDS[number % len(KINDS)]
     whom = " ".join(one.command[one.command.index("-m") :])
-    for kind in KINDS:
-        stage = replace(one, seconds=60) if kind == "hang" else one
-        made = one_stage(monkeypatch, stand_in, [stage], f"{kind} {whom}")
-        assert made["stages"][0]["code"] == {"kill": -9, "hang": "hung"}.get(kind, 1)
-        found = [sum(map(len, (made["rows"], made["light"], made["parts"], made["tests"]))) for made in (whole, made)]
-        assert 0 < found[1] <= found[0] or name in ("tests of the losses", "roofline")
+    made = one_stage(monkeypatch, stand_in, [replace(one, seconds=60) if kind == "hang" else one], f"{kind} {whom}")
+    assert made["stages"][0]["code"] == {"kill": -9, "hang": "hung"}.get(kind, 1)
+    results = [sum(len(found[part]) for part in ("rows", "light", "parts", "tests")) for found in (whole, made)]
+    assert 0 < results[1] <= results[0] or name == "roofline"
+    assert name == "roofline" or list(record.problems(made)) == []
 
 
 # ---- several ranks -----------------------------------------------------------------------------------------------------------

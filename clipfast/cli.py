@@ -334,7 +334,8 @@ def _from_files(arguments: Sequence[str], parser: argparse.ArgumentParser) -> tu
         except (OSError, ValueError) as error:
             parser.error(_one_line(error))
         for name, value in given.items():
-            if not re.fullmatch(r"[\w-]+", name) or (name == "data" and str(value).startswith("-")):
+            alike = isinstance(value, str | int | float | dict)
+            if not alike or not re.fullmatch(r"[\w-]+", name) or (name == "data" and str(value).startswith("-")):
                 parser.error(f"{argument[1:]}: expected an option's name and its value, got {name!r:.60} = {value!r:.60}")
             flag = f"--{name.replace('_', '-')}"
             values.add(str(value))

@@ -66,7 +66,14 @@ def test_a_file_of_options_runs_no_command(tmp_path: Path, capsys, monkeypatch, 
 
 def test_a_file_of_options_hides_no_other_option(tmp_path: Path, capsys) -> None:
     file = tmp_path / "options.toml"
-    for text in ('data = "--val-data=pipe:ls"', '"val-data=pipe:touch x" = ""', '"" = 1', '"a b" = 2'):
+    for text in (
+        'data = "--val-data=pipe:ls"',
+        '"val-data=pipe:touch x" = ""',
+        '"" = 1',
+        '"a b" = 2',
+        'out = ["x"]',
+        "steps = 1979-05-27",
+    ):
         file.write_text(text)
         assert "expected an option's name and its value" in refused(["train", f"@{file}"], capsys)
 

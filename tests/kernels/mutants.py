@@ -338,7 +338,6 @@ COMPILED: dict[str, list[tuple[str, ...]]] = {
     "int8_linear/cpu.cpp": [
         ("Set::kOffset ? 128 * totals[i] : 0", "Set::kOffset ? 127 * totals[i] : 0"),
         ("magnitude / 127.0f :", "magnitude / 128.0f :"),
-        ("magnitude >= kLeast ? 127.0f / magnitude : 0.0f", "127.0f / magnitude"),
         ("return x > 0 ? x - half : half;", "return x - half;"),
         ("(call.bias ? call.bias[j + c] : 0.0f)", "(call.bias ? call.bias[c] : 0.0f)"),
         ("strip_of<Set>()(q + r * depth,", "strip_of<Set>()(q,"),

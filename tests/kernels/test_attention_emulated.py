@@ -178,6 +178,15 @@ def test_matches_spec(emulated: Emulated, name: str, dtype: str) -> None:
     assert not disagreements("attention", "cuda", inputs(DTYPES[dtype], **CASES[name]))
 
 
+@pytest.mark.parametrize("length", [50, 130])
+def test_scores_that_are_all_low(emulated: Emulated, length: int) -> None:
+    """A key behind the end, whose score is zero, would weigh e¹²⁸."""
+    given = inputs(torch.bfloat16, lengths=(length,))
+    with torch.no_grad():
+        given["qkv"].mul_(0.1).add_(torch.tensor([4.0, -4.0, 0.0]).repeat_interleave(64))
+    assert not disagreements("attention", "cuda", given)
+
+
 @pytest.mark.slow
 def test_the_longest(emulated: Emulated) -> None:
     assert not disagreements("attention", "cuda", inputs(torch.bfloat16, lengths=(432,)))

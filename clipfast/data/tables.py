@@ -103,6 +103,7 @@ def _separated(
                 break
             if len(recent) > 1:
                 _check_quoted(path, start, recent, row, separator, names.index(wanted[0]) if wanted[0] in names else 0)
+            blank = len(row) == 1 and not "".join(recent).strip(" \t\r\n")  # passed over as an empty line is, and by pandas
             recent.clear()
             if not names:
                 names = row
@@ -111,7 +112,7 @@ def _separated(
             elif len(row) > len(names):
                 told = f"{path}, line {start}: expected {len(names)} fields, got {len(row)}"
                 raise ValueError(f"{told}: quote the one that holds the separator {separator!r}, or name another")
-            elif row:
+            elif row and not blank:
                 found.append((start, {name: row[i] for name, i in _places(names, wanted) if i < len(row)}))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}, after line {line}: expected rows of UTF-8, got {error}; mend or remove it") from error

@@ -99,3 +99,9 @@ def test_a_row_without_a_path_is_told_by_its_line(tmp_path: Path, name: str, tex
     assert (first.key, first.error) == ("0.jpg", "")
     assert [sample.key for sample in others] == [f"{name}, line 3", f"{name}, line 4"]
     assert all(sample.image is None and "expected an image path in the column path" in sample.error for sample in others)
+
+
+def test_a_line_of_blanks_is_passed_over_as_an_empty_one(tmp_path: Path) -> None:
+    (path := tmp_path / "t.tsv").write_text("path\tcaption\n0.jpg\tone\n \n\n1.jpg\ttwo\n \t \n")
+    found = [(sample.key, sample.caption, bool(sample.error)) for sample in read_table(path).samples()]
+    assert found[:2] == [("0.jpg", "one", False), ("1.jpg", "two", False)] and [error for *_, error in found[2:]] == [True]

@@ -11,7 +11,7 @@ from clipfast import tokenize
 from clipfast.inputs.tokenizer import default_tokenizer
 from tests.hostile.harness import READERS, Attempt
 
-WORDS = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split()
+WORDS = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8").split()
 WORDS += ["it's", "we'll", "DON'T", "a1b2", "ÅNGSTRÖM", "straße"]
 ODD = (
     *("<|startoftext|>", "<|endoftext|>", "<|ENDOFTEXT|>", "</w>", "&amp;amp;", "&lt;", "&#x41;", "&#0;", "&notit;", "&AMP"),

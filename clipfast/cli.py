@@ -277,12 +277,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given[name] = FromFile(value)
     command, debug = COMMANDS[given.pop("command")], given.pop("debug", False)
     kinds = [kind for name, kind in get_type_hints(command).items() if name != "return"]
+
+    def work() -> int | None:
+        return command(*(kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) for kind in kinds))
+
+    return exit_code("clipfast", debug, work)
+
+
+def exit_code(program: str, debug: bool, work: Callable[[], int | None]) -> int:
+    """What a program ends with: its own code, 2 for what the user can put right (one line on stderr), 130 when interrupted."""
     try:
-        return command(*(kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given}) for kind in kinds)) or 0
+        return work() or 0
     except USER_ERRORS as error:
         if debug:
             raise
-        print(f"clipfast: error: {_one_line(error)}", file=sys.stderr)
+        print(f"{program}: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

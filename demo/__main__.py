@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import clipfast
-from clipfast.cli import USER_ERRORS
+from clipfast.cli import exit_code
 from clipfast.data import Batch
 from clipfast.evaluate import encode_texts, retrieval, zero_shot, zero_shot_weights
 from clipfast.files import output_folder, replacing
@@ -197,22 +197,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", default=str(Path(__file__).parent / "out"), help="folder of the report (default: demo/out)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         if not given.seconds > 0:
             raise ValueError(f"expected --seconds above 0, got {given.seconds}")
         with output_folder(given.out) as out, TemporaryDirectory(dir=out, prefix="training-") as aside:
             emoji.prepare(emoji.DATA)
             results = run(recipe(aside, given.seconds), emoji.DATA, out)
-    except USER_ERRORS as error:
-        if given.debug:
-            raise
-        print(f"demo: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    print(report.table(results))
-    print(f"\nreport: {Path(given.out, 'report.html')}")
-    return 0
+        print(report.table(results))
+        print(f"\nreport: {Path(given.out, 'report.html')}")
+
+    return exit_code("demo", given.debug, work)
 
 
 if __name__ == "__main__":

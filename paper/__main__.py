@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import clipfast
-from clipfast.cli import USER_ERRORS
+from clipfast.cli import exit_code
 from clipfast.evaluate.intervals import Interval
 from clipfast.evaluate.overlap import Overlap, sheet
 from clipfast.files import locked, output_folder, read_parsed, replacing
@@ -298,26 +298,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", default=str(Path(__file__).parent / "out"), help="folder of paper.html (default: paper/out)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     given = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         if not given.minutes > 0:
             raise ValueError(f"expected --minutes above 0, got {given.minutes}")
         with output_folder(given.out) as out, locked(out):
-            work = out / f"work-{given.minutes:g}"
-            work.mkdir(exist_ok=True)
-            clock = Clock(work / "clock.json", given.minutes)
+            folder = out / f"work-{given.minutes:g}"
+            folder.mkdir(exist_ok=True)
+            clock = Clock(folder / "clock.json", given.minutes)
             world, attribution = prepared(given.minutes)
-            told = run(world, work, out, clock, attribution)
-    except USER_ERRORS as error:
-        if given.debug:
-            raise
-        print(f"paper: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    for own in told:
-        print(f"figure {own.figure}: {own.agrees}: {own.here}")
-    print(f"\nreport: {Path(given.out, 'paper.html')}")
-    return 0
+            told = run(world, folder, out, clock, attribution)
+        for own in told:
+            print(f"figure {own.figure}: {own.agrees}: {own.here}")
+        print(f"\nreport: {Path(given.out, 'paper.html')}")
+
+    return exit_code("paper", given.debug, work)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,9 @@ class Eval:
     ] = "zero-shot"
     checkpoint: Annotated[str, "file or folder of weights, in the place of model"] = ""
     classes: Annotated[str, "file of class names, a line each, in the order of .cls; 'folder<tab>name' where they differ"] = ""
-    templates: Annotated[str, "file of prompts, a line each, with {} where the name goes; or .json"] = ""
+    templates: Annotated[
+        str, "file of prompts, a line each, with {} where the name goes; or .json; of retrieval one, for the captions"
+    ] = ""
     out: Annotated[str, "folder to write results.json to"] = ""
     batch_size: BatchSize = 64
     device: Device = ""
@@ -137,7 +139,10 @@ def _measure(task: str, classes: str, templates: str) -> Callable[..., dict[str,
     if task not in ("zero-shot", "retrieval"):
         raise ValueError(f"expected --task zero-shot, retrieval, classify, {', '.join(OTHERS)}, got {task!r}")
     if task == "retrieval":
-        return retrieval_source
+        frames = _lines(templates) or ["{}"]
+        if len(frames) > 1:
+            raise ValueError(f"{templates}: expected one template for the captions of retrieval, got {len(frames)}")
+        return partial(retrieval_source, template=frames[0])
     named = {folder: name or folder for folder, _, name in (line.partition("\t") for line in _lines(classes))}
     return partial(zero_shot_source, classes=named, templates=_lines(templates) or TEMPLATES)
 

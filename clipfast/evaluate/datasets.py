@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,10 +16,12 @@ from clipfast.data import DataConfig, Shards
 from clipfast.data.sources import FromFile, Source, check_address, tars_in
 from clipfast.evaluate import metrics
 from clipfast.evaluate.features import encode_texts
+from clipfast.evaluate.likelihood import text_likelihoods
 from clipfast.evaluate.zero_shot import TEMPLATES, Template, prompt, zero_shot_weights
 from clipfast.files import parsed
 from clipfast.model import CLIP
 
+Prompts: TypeAlias = "Sequence[Template] | dict[str, list[str]]"  # templates, or the prompts of each class
 TASKS = ("zero-shot", "probe", "few-shot", "retrieval", "overlap", "bias")
 CLASSES, PROMPTS = "classnames.txt", "zeroshot_classification_templates.txt"  # beside clip_benchmark's splits
 
@@ -44,7 +47,8 @@ MULTILABEL = ("map-11", "map")
 class EvalSet:
     """`root`: a folder or hf:// address laid out as clip_benchmark's; what is named besides it wins.
 
-    test, train, validation: as DATA of the command line. classes, templates: files, or lists. missing: why it cannot be had.
+    test, train, validation: as DATA of the command line. classes, templates: files, or lists; of retrieval one template, which
+    the captions are put into ("a photo of {}" in the paper). missing: why it cannot be had.
     shift_of: the set that this one is a natural shift of. shots: examples a class of few-shot, by default 1, 2, 4, 8, 16.
     folds: standard splits that zero-shot and probe are the mean over: see `read_folds`.
     against: where overlap looks for near-duplicates of test images, as DATA; by default the training split.
@@ -127,7 +131,7 @@ class EvalSet:
             raise ValueError(f"{self.name}: expected each class once, got {len(lines) - len(named)} again")
         return named
 
-    def prompts(self) -> list[Template] | dict[str, list[str]]:
+    def prompts(self) -> Prompts:
         """Templates; or, where a JSON object says so, the prompts of each class."""
         if isinstance(self.templates, str) and self.templates.endswith(".json"):
             text = read_text(self.templates)
@@ -137,6 +141,13 @@ class EvalSet:
                 raise ValueError(f"{self.templates}: expected a list of templates, or prompts by class, none of them empty")
             return found
         return [*(self._lines(self.templates, PROMPTS) or TEMPLATES)]
+
+    def frame(self) -> Template:
+        """What the captions of retrieval are put into: the set's own template if it names one, else nothing."""
+        found = self.prompts() if self.templates else ["{}"]
+        if isinstance(found, dict) or len(found) != 1:
+            raise ValueError(f"{self.name}: expected one template for the captions of retrieval, got {len(found)}")
+        return found[0]
 
     def _lines(self, given: str | tuple[str, ...], beside: str) -> list[str]:
         if not isinstance(given, str):
@@ -186,12 +197,29 @@ def numbered(labels: Sequence[Any], named: dict[str, str], where: str) -> np.nda
     return np.array([index[label] for label in labels])
 
 
-def class_weights(model: CLIP, names: Sequence[str], prompts: Sequence[Template] | dict[str, list[str]]) -> Tensor:
+def class_weights(model: CLIP, names: Sequence[str], prompts: Prompts) -> Tensor:
     """[C, D]: an ensemble in embedding space, over templates or over each class's own prompts."""
     if not isinstance(prompts, dict):
         return zero_shot_weights(model, names, prompts)
+    texts = class_texts(names, prompts)
+    blocks = encode_texts(model, list(chain.from_iterable(texts))).split([len(own) for own in texts])
+    return torch.nn.functional.normalize(torch.stack([block.mean(0) for block in blocks]), dim=-1)
+
+
+def class_scores(model: CLIP, images: Tensor, names: Sequence[str], prompts: Prompts) -> np.ndarray:
+    """[N, C] of image features [N, D] of unit length: scaled cosines; of a model that predicts captions the log-likelihood of
+    each class's prompts, their mean."""
+    if model.objective not in ("words", "caption"):
+        return (model.logit_scale.exp().item() * images @ class_weights(model, names, prompts).cpu().T).numpy()
+    texts = class_texts(names, prompts)
+    found = text_likelihoods(model, images, list(chain.from_iterable(texts)))
+    return torch.stack([block.mean(1) for block in found.split([len(own) for own in texts], 1)], 1).numpy()
+
+
+def class_texts(names: Sequence[str], prompts: Prompts) -> list[list[str]]:
+    """Of each class its name in every template, or the prompts of its own."""
+    if not isinstance(prompts, dict):
+        return [[prompt(template, name) for template in prompts] for name in names]
     if absent := [name for name in names if name not in prompts]:
         raise ValueError(f"expected prompts of every class, got none of {absent[:3]}")
-    texts = [[prompt(text, name) if "{" in text else text for text in prompts[name]] for name in names]
-    blocks = encode_texts(model, [text for own in texts for text in own]).split([len(own) for own in texts])
-    return torch.nn.functional.normalize(torch.stack([block.mean(0) for block in blocks]), dim=-1)
+    return [[prompt(text, name) if "{" in text else text for text in prompts[name]] for name in names]

@@ -37,9 +37,7 @@ def encode_texts(
     model: CLIP, texts: Sequence[str], *, truncate: bool = True, batch_size: int = 256, tokenizer: Callable[..., Any] = tokenize
 ) -> Tensor:
     """Normalised text features [len(texts), D], float32; `tokenizer`: called as `clipfast.tokenize` is."""
-    if getattr(model, "objective", "") in ("words", "caption"):
-        told = f"expected a contrastive model for text features, got one that predicts the {model.objective}"
-        raise ValueError(f"{told}; score texts with clipfast.evaluate.class_likelihoods")
+    contrastive(model, "text features")
     with inference(model) as device:
         features = []
         for start in range(0, len(texts), batch_size):
@@ -47,6 +45,15 @@ def encode_texts(
             tokens, lengths = tokenizer(chunk, model.context_length, truncate=truncate, return_lengths=True)
             features.append(model.encode_text(tokens.to(device), normalize=True, lengths=lengths).float())
         return torch.cat(features)
+
+
+def contrastive(model: CLIP, what: str) -> None:
+    """Refuses a model that predicts captions, whose texts have no features beside those of images."""
+    if (objective := getattr(model, "objective", "")) in ("words", "caption"):
+        raise ValueError(
+            f"expected a contrastive model for {what}, got one that predicts the {objective}; take zero-shot, which scores the "
+            "classes by their likelihood"
+        )
 
 
 def encode_images(

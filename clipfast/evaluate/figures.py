@@ -1,4 +1,4 @@
-"""One self-contained page of a suite's results, with the paper's figures 4, 5, 6, 8, 9, 13 and 21 as inline SVG."""
+"""One page of a suite's results: the paper's figures 4, 5, 6, 8, 9, 13 and 21 as inline SVG, and links to sheets of pairs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,13 @@ def page(rows: Sequence[Row], suite: Suite) -> str:
         (f"Bias: {name}, {model}", shares_plot(row["shares"])) for (model, name), row in _by(rows, "bias").items()
     ]  # fmt: skip
     if found := overlap_table(rows):
-        figures.append(("Overlap: near-duplicates of test images in training data", f"<pre>{escape(found)}</pre>"))
+        sheets = [
+            f'<p>{escape(model)}, {escape(name)}: <a href="{escape(row["sheet"])}">pairs to look at</a></p>'
+            for (model, name), row in _by(rows, "overlap").items() if "sheet" in row
+        ]  # fmt: skip
+        figures.append(
+            ("Overlap: near-duplicates of test images in training data", f"<pre>{escape(found)}</pre>{''.join(sheets)}")
+        )
     body = "".join(f"<h2>{escape(name)}</h2><figure>{drawn}</figure>" for name, drawn in figures)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>clipfast eval</title><style>{STYLE}</style>'
@@ -166,7 +172,11 @@ def figure_13(rows: Sequence[Row], suite: Suite) -> str:
     lines.append(Line("fit through the standard ones" if standard else "fit", promised, True, dashed=True, colour=COLOURS[4]))
     lines.append(Line("equal", [(x, x) for x in ends], True, dashed=True, colour=GREY))
     under = f"mean of {', '.join(found['shifts'])}"
-    return plot(lines, f"accuracy on {found['base']}", under, x_map=logit, y_map=logit, band=band)
+    drawn = plot(lines, f"accuracy on {found['base']}", under, x_map=logit, y_map=logit, band=band)
+    if not standard:
+        drawn += "<p>The suite names no standard models: the line is through all that were measured, so being above it is no "
+        drawn += "effective robustness in the paper's sense.</p>"
+    return drawn
 
 
 def overlap_table(rows: Sequence[Row]) -> str:

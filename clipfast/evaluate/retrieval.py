@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from clipfast.data.sources import Rows, Sample, Source
-from clipfast.evaluate.features import encode_images, encode_texts, together
+from clipfast.evaluate.features import contrastive, encode_images, encode_texts, together
 from clipfast.evaluate.metrics import best_ranks, share
+from clipfast.evaluate.zero_shot import Template, prompt
 from clipfast.inputs import Preprocess
 from clipfast.model import CLIP
 from clipfast.train.job import ALONE, Job
@@ -54,11 +55,15 @@ def captioned_once(source: Source) -> Source:
     return Rows([own[0]._replace(caption="\n".join(sample.caption or "" for sample in own)) for own in found.values()])
 
 
-def retrieval_source(model: CLIP, preprocess: Preprocess, source: Source, job: Job = ALONE, **reading: Any) -> dict[str, float]:
+def retrieval_source(
+    model: CLIP, preprocess: Preprocess, source: Source, template: Template = "{}", job: Job = ALONE, **reading: Any
+) -> dict[str, float]:
     """R@1, 5, 10 over a source. Several captions of an image: several rows of a table, or several lines in a shard's .txt.
 
-    `job`: each rank reads its share, and all have the result of the whole.
+    `template`: what captions are put into; the paper's is "a photo of {}". `job`: each rank reads its share, and all have the
+    result of the whole.
     """
+    contrastive(model, "retrieval")
 
     def read() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         captions: dict[str, list[str]] = {}
@@ -73,7 +78,7 @@ def retrieval_source(model: CLIP, preprocess: Preprocess, source: Source, job: J
         images: dict[str, Tensor] = {}
         for samples, block in encode_images(model, preprocess, first_of_each(), **reading):
             images |= {sample.key: row for sample, row in zip(samples, block.cpu(), strict=True)}
-        lines = [line for own in captions.values() for line in own]
+        lines = [prompt(template, line) for own in captions.values() for line in own]
         blocks = encode_texts(model, lines).cpu().split([len(own) for own in captions.values()]) if lines else []
         return images, dict(zip(captions, blocks, strict=False))
 

@@ -85,7 +85,8 @@ def run_suite(
 ) -> list[Row]:
     """A row for each cell: model, dataset, task, and results or the reason why there are none; also out/results.json.
 
-    Cells are kept in out/cells by what they depend on: weights, the files of the data, the entry of the suite. `load`: by name.
+    Cells are kept in out/cells by what they depend on: weights, the files of the data, the entry of the suite; of overlap its
+    sheet of pairs too, which the row's `sheet` names. `load`: by name.
     cache: folder of the features, which belong to no suite; by default out/features.
     job: its ranks make features together; the rest, and so the rows, the first one makes alone.
     """
@@ -160,7 +161,10 @@ def _of_model(model: str, suite: Suite, cells: Path, load: Callable[..., Any], r
                     if bench is None:
                         network, preprocess = loaded()
                         bench = Bench(network, preprocess, data, **reading)
-                    results = row | bench.run(task)
+                    sheet = place.with_suffix(".png")
+                    results = row | bench.run(task, sheet)
+                    if sheet.exists():
+                        results["sheet"] = f"{cells.name}/{sheet.name}"
                     with replacing(place) as file:
                         file.write(json.dumps(results).encode())
                 yield read_parsed(place)
@@ -219,11 +223,21 @@ def robust(rows: Sequence[Row], suite: Suite) -> Row | None:
         found = robustness(names, [scores[name, base] for name in names], shifted, standard)
     except ValueError as error:
         return {"reason": str(error)}
-    return found.summary() | {"base": base, "shifts": common}
+    return found.summary() | {"base": base, "shifts": common, "through": standard}
+
+
+def best(rows: Sequence[Row]) -> list[str]:
+    """The models of some rows of one data set and task that count as best: the highest score, and all within its interval."""
+    found = [row for row in rows if "score" in row]
+    if len(found) < 2:
+        return []
+    highest = max(found, key=lambda row: row["score"])
+    low = highest.get("interval", [highest["score"]])[0]
+    return [row["model"] for row in found if row["score"] >= low]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for each data set and task, a column for each model; what is missing with its reason, below."""
+    """A line for each data set and task, a column for each model, the best marked; what is missing with its reason, below."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     cells = {(row["dataset"], row["task"], row["model"]): row for row in rows}
     names = list(dict.fromkeys((row["dataset"], row["task"]) for row in rows))
@@ -231,8 +245,13 @@ def table(rows: Sequence[Row]) -> str:
     columns = [f"{model[-20:]:>20}" for model in models]
     lines = [f"{'dataset':{wide}} {'task':{task_wide}} {' '.join(columns)}"]
     for name, task in names:
-        own = [cells.get((name, task, model), {}).get("score") for model in models]
-        shown = [f"{'-' if score is None else f'{score:.2%}':>20}" for score in own]
+        own = [cells.get((name, task, model), {"model": model}) for model in models]
+        # Of overlap and bias the score is a share of images: less is not worse, nor more.
+        marked = best(own) if task not in ("overlap", "bias") else []
+        told = [f"{row['score']:.2%}" if "score" in row else "-" for row in own]
+        shown = [f"{cell + ' *' if row['model'] in marked else cell:>20}" for row, cell in zip(own, told, strict=True)]
         lines.append(f"{name:{wide}} {task:{task_wide}} {' '.join(shown)}")
+    if any("*" in line for line in lines[1:]):
+        lines.append("* the highest, or within the 99.5 % Clopper-Pearson interval of the highest")
     reasons = dict.fromkeys(f"{row['dataset']}, {row['task']}: {row['reason']}" for row in rows if "reason" in row)
     return "\n".join([*lines, *reasons])

@@ -19,10 +19,10 @@ from clipfast.data import Tally
 from clipfast.data.sources import Rows, Sample, Source
 from clipfast.evaluate import metrics
 from clipfast.evaluate.audits import PAIRS, attributes, designs, hashes, pair_sheet, widest_gap
-from clipfast.evaluate.bias import Bias, bias, labelled
-from clipfast.evaluate.datasets import METRICS, MULTILABEL, EvalSet, class_weights, numbered
+from clipfast.evaluate.bias import Bias, bias
+from clipfast.evaluate.datasets import METRICS, MULTILABEL, EvalSet, Prompts, class_scores, numbered
 from clipfast.evaluate.embed import depends_on, embed, row_of, weights_digest
-from clipfast.evaluate.features import encode_samples, projects, together, width
+from clipfast.evaluate.features import contrastive, encode_samples, projects, together, width
 from clipfast.evaluate.few_shot import SHOTS, few_shot
 from clipfast.evaluate.folds import Fold, read_folds
 from clipfast.evaluate.intervals import clopper_pearson
@@ -32,7 +32,7 @@ from clipfast.evaluate.overlap import Overlaps, bits_apart, nearest, overlaps
 from clipfast.evaluate.probe import Probe, linear_probe
 from clipfast.evaluate.retrieval import captioned_once, retrieval
 from clipfast.evaluate.store import Part, read_features
-from clipfast.evaluate.zero_shot import Template, class_likelihoods
+from clipfast.evaluate.zero_shot import prompt
 from clipfast.files import output_folder, replacing
 from clipfast.inputs import Preprocess, read_image
 from clipfast.model import CLIP
@@ -60,7 +60,6 @@ class Bench:
         self, model: CLIP, preprocess: Preprocess, data: EvalSet, *, cache: str | Path = "", job: Job = ALONE, **reading: Any
     ) -> None:
         self.model, self.preprocess, self.data, self.reading = model, preprocess, data, reading
-        self.scale = model.logit_scale.exp().item()
         self.cache, self.job, self.weights = cache, job, ""
         if job.world > 1 and not cache:
             raise ValueError("expected a folder for the features, which the ranks share, got none; name one (--features)")
@@ -138,18 +137,9 @@ class Bench:
             return table
         return numbered(found.labels, named, f"{self.data.name}, {split}")
 
-    def scores(
-        self, features: np.ndarray, names: Sequence[str], prompts: Sequence[Template] | dict[str, list[str]]
-    ) -> np.ndarray:
-        """[N, classes] of projected features: scaled cosines, or of a model that predicts captions log-likelihoods."""
-        images = torch.from_numpy(features)
-        if self.model.objective in ("words", "caption"):
-            if isinstance(prompts, dict):
-                raise ValueError(
-                    f"{self.data.name}: expected templates for a model that predicts captions, got prompts by class"
-                )
-            return class_likelihoods(self.model, images, names, prompts).numpy()
-        return (self.scale * images @ class_weights(self.model, names, prompts).cpu().T).numpy()
+    def scores(self, features: np.ndarray, names: Sequence[str], prompts: Prompts) -> np.ndarray:
+        """[N, classes] of projected features: `class_scores`."""
+        return class_scores(self.model, torch.from_numpy(features), names, prompts)
 
     def zero_shot(self, subset: Sequence[str] = (), calibration: bool = False, confusion: bool = False) -> dict[str, Any]:
         """`subset`: names of classes to choose among; images of the others are left out."""
@@ -216,10 +206,17 @@ class Bench:
         guesses = [[names[n], share] for share, n in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
         return {"jpeg": base64.b64encode(file.getvalue()).decode(), "true": true, "guesses": guesses}
 
+    def _apart(self, train: Encoded, test: Encoded) -> None:
+        """Some repositories have one split under two names, and a probe would be fitted on what it is judged by."""
+        if np.array_equal(train.features, test.features):
+            told = f"{self.data.name}: expected other images in train than in test, got the same {len(test.keys)} in both"
+            raise ValueError(f"{told}; name another training split")
+
     def probe(self, projected: bool = False, penalty: float | None = None) -> tuple[Probe, dict[str, Any]]:
         """The fitted probe, and its results; over folds the first one's probe, and the mean score."""
         splits = ["train", "test", *(["validation"] if self.data.path("validation") else [])]
         found = {split: self.features(split, projected) for split in splits}
+        self._apart(found["train"], found["test"])
         if self.data.metric in MULTILABEL:
             named = self.named()
             pairs = {split: (own.features, self.targets(own, named, split)) for split, own in found.items()}
@@ -262,22 +259,23 @@ class Bench:
         if self.data.metric in MULTILABEL:
             raise ValueError(f"{self.data.name}: expected one label an image for few-shot, got several")
         named, metric = self.named(), METRICS[self.data.metric]
-        train, test = (
-            (own.features, self.targets(own, named, split))
-            for split, own in ((split, self.features(split, projected)) for split in ("train", "test"))
-        )
+        found = {split: self.features(split, projected) for split in ("train", "test")}
+        self._apart(found["train"], found["test"])
+        train, test = ((own.features, self.targets(own, named, split)) for split, own in found.items())
         zero = self.zero_shot()["score"]
-        found = few_shot(train, test, shots=shots or self.data.shots or SHOTS, seeds=seeds, zero_shot=zero, score=metric)
-        return found.summary() | {"score": float(np.mean([*found.scores.values()][-1])), "metric": self.data.metric}
+        few = few_shot(train, test, shots=shots or self.data.shots or SHOTS, seeds=seeds, zero_shot=zero, score=metric)
+        return few.summary() | {"score": float(np.mean([*few.scores.values()][-1])), "metric": self.data.metric}
 
     def pairs(self) -> tuple[Part, np.ndarray, list[int]]:
         """Images of the test split, features of all their captions, and which row of the images each caption is of."""
+        contrastive(self.model, "retrieval")
+        frame = self.data.frame()
         part = self.made("pairs", lambda: captioned_once(self.data.open("test")), ["image"])
         first = {row["key"]: place for place, row in reversed([*enumerate(part.rows)])}  # of rows about one image its first
         lines = [(first[row["key"]], line) for row in part.rows for line in (row["caption"] or "").splitlines() if line.strip()]
         if not lines:
             raise ValueError(f"{self.data.name}: expected images with captions, found none; give a table, or shards with .txt")
-        texts = Rows([Sample(str(number), None, line, {}) for number, (_, line) in enumerate(lines)])
+        texts = Rows([Sample(str(number), None, prompt(frame, line), {}) for number, (_, line) in enumerate(lines)])
         text = self.made("captions", lambda: texts, ["text"]).vectors["text"]
         return part, text, [place for place, _ in lines]
 
@@ -334,11 +332,11 @@ class Bench:
         (by_design, groups), part, prompts = designs(self.data.designs), self.images("test"), self.data.prompts()
         reader = replace(self.data.reader, data=self.data.path("test"))
         values = attributes(reader, [row["key"] for row in part.rows])
-        images = torch.from_numpy(part.vectors["image"])
+        images = part.vectors["image"]
         predictions = {
-            design: labelled(images, class_weights(self.model, names, prompts).cpu(), names)
+            design: np.asarray(names)[metrics.array(self.scores(images, names, prompts), "scores", 2).argmax(1)]
             for design, names in by_design.items()
-        }  # fmt: skip
+        }
         found = bias(predictions, groups, values)
         about = {"score": widest_gap(found), "metric": "widest gap", "images": len(images)}
         return found, {"shares": found.summary()} | about
@@ -354,11 +352,14 @@ class Bench:
             if self.data.path(split):
                 self.images(split)
 
-    def run(self, task: str) -> dict[str, Any]:
+    def run(self, task: str, sheet: str | Path = "") -> dict[str, Any]:
+        """sheet: as `overlap`'s."""
         if task == "zero-shot":
             return self.zero_shot() | {"example": self.example()}
-        if task in ("probe", "overlap", "bias"):
-            return {"probe": self.probe, "overlap": self.overlap, "bias": self.bias}[task]()[1]  # type: ignore[operator]
+        if task == "overlap":
+            return self.overlap(sheet=sheet)[1]
+        if task in ("probe", "bias"):
+            return {"probe": self.probe, "bias": self.bias}[task]()[1]  # type: ignore[operator]
         return {"few-shot": self.few_shot, "retrieval": self.retrieval}[task]()
 
 

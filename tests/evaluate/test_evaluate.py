@@ -12,6 +12,8 @@ from torch import Tensor
 from clipfast.data import DataConfig
 from clipfast.data.sources import Sample, read_folder, read_table
 from clipfast.evaluate import (
+    Bench,
+    EvalSet,
     classify,
     encode_texts,
     metrics,
@@ -280,6 +282,15 @@ def test_retrieval_on_a_source(model, tmp_path, form):
     assert got["image_to_text_R@1"] == pytest.approx(dense_recall(image @ text.T, right, 1))
     assert got["text_to_image_R@1"] == pytest.approx(dense_recall(text @ image.T, right.T, 1))
     assert got["image_to_text_R@10"] == got["text_to_image_R@5"] == 1
+    framed = torch.stack([reference_text(model, f"a photo of {text}") for texts in captions.values() for text in texts])
+    got = retrieval_source(model, PREPROCESS, source, "a photo of {}")  # the paper's
+    assert got["image_to_text_R@1"] == pytest.approx(dense_recall(image @ framed.T, right, 1))
+    assert got["text_to_image_R@1"] == pytest.approx(dense_recall(framed @ image.T, right.T, 1))
+    path = str(tmp_path / ("t.csv" if form == "table" else "0.tar"))
+    bench = Bench(model, PREPROCESS, EvalSet("framed", test=path, templates=("a photo of {}",)))
+    assert {name: bench.retrieval()[name] for name in got} == pytest.approx(got)
+    with pytest.raises(ValueError, match="two: expected one template for the captions of retrieval, got 2"):
+        Bench(model, PREPROCESS, EvalSet("two", test=path, templates=("a {}", "the {}"))).retrieval()
 
 
 def test_samples_without_an_image_are_counted(model):

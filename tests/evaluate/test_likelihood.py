@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from statistics import mean
+
 import pytest
 import torch
+from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
+from clipfast.cli import main
 from clipfast.data.sources import Rows, Sample
-from clipfast.evaluate import class_likelihoods, encode_texts, likelihood, zero_shot_source
+from clipfast.evaluate import Bench, EvalSet, class_likelihoods, encode_texts, likelihood, metrics, zero_shot_source
 from clipfast.inputs import tokenize
 from clipfast.model import CLIP
 from clipfast.train.config import arguments_for
-from tests.evaluate.test_evaluate import PREPROCESS, SIZES
+from clipfast.weights import export
+from tests.data.test_data import write_table
+from tests.evaluate.test_evaluate import PREPROCESS, SIZES, write_folders
 from tests.model.test_model import shake
 
 NAMES = ["cat", "cat face", "dog dog", "a red heart", "cat"]
@@ -61,6 +68,44 @@ def test_a_source_is_classified_by_them(model):
         features = torch.cat([model.encode_image(PREPROCESS(image)[None]) for image in images])
     scores = class_likelihoods(model, features, NAMES[:4], TEMPLATES)
     assert found["top1"] == pytest.approx((scores.argmax(1) == torch.tensor(labels)).double().mean().item())
+
+
+@pytest.mark.parametrize("by_class", [False, True], ids=["templates", "prompts of each class"])
+def test_the_tasks_of_a_data_set_are_by_them(model, tmp_path, by_class):
+    """Zero-shot, its calibration and confusion, and bias, image by image and prompt by prompt."""
+    folders = write_folders(tmp_path / "data")
+    prompts = {name: [f"a {name}", f"the {name} thing"][: 1 + (place > 0)] for place, name in enumerate(folders)}
+    (tmp_path / "p.json").write_text(json.dumps(prompts if by_class else ["a {}", "the {} thing"]))
+    texts = prompts if by_class else {name: [f"a {name}", f"the {name} thing"] for name in folders}
+    files = [tmp_path / "data" / name / f"{n}.png" for name, numbers in folders.items() for n in sorted(numbers, key=str)]
+    with torch.no_grad():
+        images = [model.encode_image(PREPROCESS(path)[None])[0] for path in files]
+        scores = [[mean(brute_force(model, own, text) for text in texts[name]) for name in folders] for own in images]
+    table = torch.tensor(scores)
+    guessed, right = table.argmax(1), torch.tensor([[*folders].index(path.parent.name) for path in files])
+    data = EvalSet("folders", test=str(tmp_path / "data"), templates=str(tmp_path / "p.json"))
+    found = Bench(model, PREPROCESS, data).zero_shot(calibration=True, confusion=True)
+    assert found["score"] == pytest.approx((guessed == right).double().mean().item())
+    assert found["confusion"] == confusion_matrix(right, guessed).tolist()
+    expected = metrics.calibration_error(table.softmax(1).numpy(), right.numpy())
+    assert found["calibration_error"] == pytest.approx(expected, abs=1e-4)
+    (tmp_path / "faces.csv").write_text("path,tone\n" + "\n".join(f"{path},{path.stem}" for path in files))
+    (tmp_path / "d.json").write_text(json.dumps({"designs": {"all": [*folders]}, "groups": {"last": ["n03"]}}))
+    about = {"templates": data.templates, "designs": str(tmp_path / "d.json")}
+    shares = Bench(model, PREPROCESS, EvalSet("faces", test=str(tmp_path / "faces.csv"), **about)).bias()[0].shares
+    assert shares[0].hits == int((guessed == 2).sum()) and shares[0].images == len(files)
+
+
+def test_tasks_that_search_by_texts_refuse_them(model, tmp_path, capsys):
+    """In one line, before an image is read, and with nothing written."""
+    export(model, tmp_path / "m.safetensors")
+    table = write_table(tmp_path / "data", 3)
+    given = [table, "--model", str(tmp_path / "m.safetensors"), "--device", "cpu", "--task", "retrieval"]
+    for more in ([], ["--features", str(tmp_path / "kept")]):
+        assert main(["eval", *given, *more, "--out", str(tmp_path / "out")]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and "expected a contrastive model for retrieval, got one that predicts the" in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "m.safetensors"]
 
 
 def test_what_has_no_likelihood_is_told(model):

@@ -25,7 +25,7 @@ from clipfast.evaluate.features import unprojected
 from clipfast.evaluate.figures import overlap_table, page
 from clipfast.evaluate.multilabel import multilabel_probe
 from clipfast.evaluate.overlap import overlaps
-from clipfast.evaluate.suite import Suite, run_suite, table
+from clipfast.evaluate.suite import Suite, best, run_suite, table
 from clipfast.evaluate.tasks import Bench
 from clipfast.inputs import Preprocess
 from clipfast.model import CLIP
@@ -316,6 +316,24 @@ def test_overlap_bias_and_robustness_by_the_command_line(model: CLIP, root: Path
     assert "expected a .csv or .tsv" in capsys.readouterr().err
 
 
+def test_who_counts_as_best() -> None:
+    """The paper's bold figures: the highest, and what lies within its interval of 99.5 %."""
+    points = [("a", 0.9, [0.85, 0.94]), ("b", 0.85, [0.8, 0.9]), ("c", 0.8499, [0.8, 0.9]), ("d", None, None)]
+    rows = [{"model": name, "dataset": "x", "task": "probe"} | ({"score": score, "interval": own} if own else {"reason": "no"})
+            for name, score, own in points]  # fmt: skip
+    assert best(rows) == ["a", "b"]
+    assert best([{"model": "a", "score": 0.5}, {"model": "b", "score": 0.6}]) == ["b"] and best(rows[:1]) == []
+    told = table(rows).splitlines()
+    assert told[1].split()[2:] == ["90.00%", "*", "85.00%", "*", "84.99%", "-"] and told[2].startswith("* the highest")
+
+
+def test_one_split_under_two_names_is_refused(model: CLIP, root: Path) -> None:
+    bench = Bench(model, PREPROCESS, colours(root, train=str(root / "test")))
+    for task in ("probe", "few-shot"):
+        with pytest.raises(ValueError, match="expected other images in train than in test, got the same 12 in both"):
+            bench.run(task)
+
+
 @pytest.mark.parametrize("predicts", ["words", "caption"])
 def test_a_model_that_predicts_captions(root: Path, predicts: str) -> None:
     """Figure 2's rivals: the class whose prompt is the likeliest, as `zero_shot_source` has it."""
@@ -407,6 +425,9 @@ def test_overlap_and_bias_of_a_suite(model: CLIP, root: Path, tmp_path: Path) ->
     assert by_task["faces", "bias"]["score"] == max(values) - min(values)
     html = page(found, suite)
     assert "Bias: faces, m" in html and "Overlap: near-duplicates" in html
+    sheets = [by_task[name, "overlap"]["sheet"] for name in ("a", "b")]
+    assert all(f'<a href="{own}">' in html and Image.open(tmp_path / "out" / own).width > 256 for own in sheets)
+    assert sheets[0] != sheets[1] and "sheet" not in by_task["a", "few-shot"]
     right, seen = np.repeat([True, False, True], [18, 2, 40]), np.repeat([True, False], [20, 40])
     right[30:] = False
     rows = [overlaps({name: right}, {name: seen}).summary() | {"score": 0.1} for name in ("a", "b")]

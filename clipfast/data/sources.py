@@ -25,9 +25,17 @@ def from_arrays(images: Sequence[Any], captions: Sequence[str]) -> Rows:
 
 
 def read_folder(path: str | Path) -> Rows:
-    """Every image below a folder, in sorted order. The folder that holds an image is its class; there are no captions."""
+    """Every image below a folder, in sorted order. The folder that holds an image is its class; there are no captions.
+
+    An image that lies beside the folders of the others has no class.
+    """
     root = Path(path)
     files = sorted(file for file in root.rglob("*") if file.suffix[1:].lower() in IMAGES)
     if not files:
         raise FileNotFoundError(f"expected images ({', '.join(IMAGES)}) below the folder {path}, found none")
-    return Rows([Sample(file.relative_to(root).as_posix(), file, None, {"class": file.parent.name}) for file in files])
+    nested = any(file.parent != root for file in files)
+
+    def meta(file: Path) -> dict[str, Any]:
+        return {} if nested and file.parent == root else {"class": file.parent.name}
+
+    return Rows([Sample(file.relative_to(root).as_posix(), file, None, meta(file)) for file in files])

@@ -58,7 +58,14 @@ def pair_sheet(pairs: Sequence[Mapping[str, Any]], test: Source, train: Source) 
     mine = images_of(test, {pair["test"] for pair in pairs})
     theirs = images_of(train, {pair["train"] for pair in pairs})
     shown = [own for own in pairs if own["test"] in mine and own["train"] in theirs]
-    return sheet([(mine[own["test"]], theirs[own["train"]], f"{own['alike']:.3g}  {own['test']}"[-40:]) for own in shown])
+    return sheet([(mine[own["test"]], theirs[own["train"]], label(own)) for own in shown])
+
+
+def label(pair: Mapping[str, Any], letters: int = 40) -> str:
+    """How much alike both are, and their names; of long ones the end."""
+    told = f"{pair['alike']:.3g}"
+    room = (letters - len(told) - 4) // 2
+    return f"{told}  {pair['test'][-room:]}, {pair['train'][-room:]}"
 
 
 def designs(path: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:

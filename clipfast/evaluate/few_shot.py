@@ -58,6 +58,7 @@ def few_shot(
     seeds: int = 3,
     whole: bool = True,
     zero_shot: float | None = None,
+    names: Sequence[str] | None = None,
     penalty: float | None = None,
     score: Score = metrics.top_k,
     solver: str = "auto",
@@ -68,17 +69,16 @@ def few_shot(
 
     With `validation` each probe's penalty is chosen on it (which the head is not fitted on: it would be more examples), else
     it is `penalty`, by default the one of OpenAI's README. A draw of few is part of the draw of more, of the same seed.
-    `zero_shot`: the zero-shot score on the same test, whose worth in examples is then found.
+    `zero_shot`: the zero-shot score on the same test, whose worth in examples is then found. `names`: of classes 0, 1, ...
     """
     labels = array(train[1], "labels of train", 1)
     classes, counts = np.unique(labels, return_counts=True)
     if not shots or min(shots) < 1 or seeds < 1:
         raise ValueError(f"expected one shot or more and one seed or more, got shots {list(shots)} and {seeds} seeds")
     if counts.min() < max(shots):
-        raise ValueError(
-            f"expected {max(shots)} examples or more of every class, got {counts.min()} of {classes[counts.argmin()]!r}; "
-            f"give fewer shots"
-        )
+        least = classes[counts.argmin()].item()
+        told = f"expected {max(shots)} examples or more of every class, got {counts.min()} of "
+        raise ValueError(f"{told}{least if names is None else names[least]!r}; give fewer shots")
     options: dict[str, Any] = {"score": score, "solver": solver, "max_iterations": max_iterations, "device": device}
 
     def probe(rows: np.ndarray | slice) -> float:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from clipfast.evaluate import metrics
@@ -193,8 +193,7 @@ def sheet(pairs: Sequence[tuple[Image.Image, Image.Image, str]], columns: int = 
     for number, (test, train, text) in enumerate(pairs):
         left, top = gap + number % columns * (width + gap), gap + number // columns * height
         for place, image in enumerate((test, train)):
-            small = image.convert("RGB")
-            small.thumbnail((side, side))
+            small = ImageOps.contain(image.convert("RGB"), (side, side))
             page.paste(small, (left + place * side + (side - small.width) // 2, top + (side - small.height) // 2))
         draw.text((left, top + side + 1), text, "black")
     return page

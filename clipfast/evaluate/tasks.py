@@ -69,7 +69,7 @@ class Bench:
         """Of unit length when projected, else as the paper's probe takes them."""
         part, field = self.images(split), "labels" if self.data.metric in MULTILABEL else "class"
         own = [row.get(field, row["caption"] if field == "class" else None) for row in part.rows]
-        if lacking := [row["key"] for row, label in zip(part.rows, own, strict=True) if label is None]:
+        if lacking := [row["key"] for row, label in zip(part.rows, own, strict=True) if label is None or label == ""]:
             raise ValueError(f"{self.data.name}: expected the {field} of every image of {split}, but {lacking[0]} has none")
         return Encoded(self._vectors(part, projected), own, [row["key"] for row in part.rows])
 
@@ -263,7 +263,8 @@ class Bench:
         self._apart(found["train"], found["test"])
         train, test = ((own.features, self.targets(own, named, split)) for split, own in found.items())
         zero = self.zero_shot()["score"]
-        few = few_shot(train, test, shots=shots or self.data.shots or SHOTS, seeds=seeds, zero_shot=zero, score=metric)
+        options: dict[str, Any] = {"seeds": seeds, "zero_shot": zero, "score": metric, "names": [*named]}
+        few = few_shot(train, test, shots=shots or self.data.shots or SHOTS, **options)
         return few.summary() | {"score": float(np.mean([*few.scores.values()][-1])), "metric": self.data.metric}
 
     def pairs(self) -> tuple[Part, np.ndarray, list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from clipfast.model import CLIP
 from clipfast.train.job import ALONE, Job
 
 TEMPLATES = ("a photo of a {}.",)
+log = logging.getLogger(__name__)
 PLACE = re.compile(r"\{[0c]?\}")  # {}, {0} or {c}, where the class name goes
 Template: TypeAlias = str | Callable[[str], str]
 
@@ -143,6 +145,10 @@ def zero_shot_source(
         raise ValueError(
             f"expected every class among the {len(named)} given, got {sorted(map(str, unknown))[:3]}; add them to the classes"
         )
+
+    present = {index[label] for label in seen}
+    if job.rank == 0 and (absent := [name for number, name in enumerate(named.values()) if number not in present]):
+        log.warning("%d of %d classes have no image: %s", len(absent), len(named), ", ".join(absent[:5]))
 
     def hits() -> Counter[str]:
         if not labels:

@@ -197,7 +197,7 @@ def test_a_suite_goes_on(model: CLIP, root: Path, tmp_path: Path) -> None:
     assert len(rows) == 12 and loads == ["a", "broken"]
     assert reasons["a", "gone", "zero-shot"] == "its <licence> has to be signed"
     assert "nothing/here, found nothing" in str(reasons["a", "nowhere", "zero-shot"])
-    assert "expected 16 examples or more of every class, got 6" in str(reasons["a", "colours", "few-shot"])
+    assert "expected 16 examples or more of every class, got 6 of 'red'" in str(reasons["a", "colours", "few-shot"])
     assert reasons["broken", "colours", "probe"] == "no such model"
     scores = {(row["dataset"], row["task"]): row["score"] for row in rows if "score" in row}
     assert scores.keys() == {("colours", "zero-shot"), ("colours", "probe"), ("shifted", "zero-shot")}
@@ -357,6 +357,22 @@ def test_classes_and_images_that_do_not_meet(model: CLIP, root: Path, caplog) ->
         Bench(model, PREPROCESS, colours(root, templates=("a photo",))).zero_shot()
     with pytest.raises(ValueError, match=r"expected a subset of its classes, got \['pink'\]"):
         Bench(model, PREPROCESS, colours(root)).zero_shot(["pink"])
+    caplog.clear()
+    found = zero_shot_source(model, PREPROCESS, read_folder(root / "test"), {name: name for name in names})
+    assert caplog.messages == ["1 of 4 classes have no image: pink"] and found["classes"] == 4
+
+
+def test_an_image_without_a_class_is_told(model: CLIP, root: Path, tmp_path: Path) -> None:
+    """One that lies beside the folders of the classes, and a row of a table whose class is empty."""
+    shutil.copytree(root / "test", tmp_path / "test")
+    shutil.copy(root / "test" / "red" / "0.png", tmp_path / "test" / "stray.png")
+    (tmp_path / "t.csv").write_text(f"path,caption\n{root}/test/red/0.png,red\n{root}/test/red/1.png,\n")
+    for path, key in ((tmp_path / "test", "stray.png"), (tmp_path / "t.csv", "1.png")):
+        with pytest.raises(ValueError, match=f"expected the class of every image of test, but .*{key} has none"):
+            Bench(model, PREPROCESS, EvalSet("some", test=str(path))).zero_shot()
+    with pytest.raises(ValueError, match=r"expected the class of every image .*, but stray.png has none"):
+        zero_shot_source(model, PREPROCESS, read_folder(tmp_path / "test"))
+    assert {own.meta["class"] for own in read_folder(root / "test" / "red").rows} == {"red"}  # no folder beside them
 
 
 def test_a_second_evaluation_encodes_no_image(model: CLIP, root: Path, tmp_path: Path, monkeypatch) -> None:

@@ -18,6 +18,7 @@ import torch
 
 import clipfast
 from clipfast.cli import exit_code
+from clipfast.evaluate.few_shot import Worth
 from clipfast.evaluate.intervals import Interval
 from clipfast.evaluate.overlap import Overlap, sheet
 from clipfast.files import locked, output_folder, read_parsed, replacing
@@ -133,7 +134,7 @@ def judged(results: dict[str, Any], curves: dict[str, dict[int, list[int]]], com
         found.append(verdicts.against_supervised(zero, other))
     if len(shots) > 1:
         found.append(verdicts.few_shots_worth(curves_of(shots), zero))
-        found.append(verdicts.examples_needed({name: row["worth"] for name, row in shots.items()}))
+        found.append(verdicts.examples_needed({name: Worth(row["worth"], row["bound"]) for name, row in shots.items()}))
     if len(probe) > 2:
         found.append(verdicts.correlation(zero, probe))
     sizes = {name: results["zero"][name] for name in SIZES if results["zero"].get(name)}

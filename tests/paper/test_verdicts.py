@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from clipfast.evaluate.few_shot import Worth
 from clipfast.evaluate.intervals import Interval
 from clipfast.evaluate.overlap import overlaps
 from paper import verdicts
@@ -84,9 +85,27 @@ def test_zero_shot_in_shots(level, expected):
     assert verdicts.few_shots_worth(curves, wide).agrees == expected
 
 
-def test_examples_needed():
-    assert verdicts.examples_needed(dict(zip(SETS, (1, 2, 3, 4, 5, 5.4, 6, 7, 20, 40, 100, 184), strict=True))).agrees == AGREES
-    assert verdicts.examples_needed(dict.fromkeys(SETS, 1.0)).agrees == NOT
+def test_a_wide_interval_agrees_with_nothing():
+    """That the paper's number lies in it does not make it the paper's."""
+    curves = {name: {1.0: 0.2, 2.0: 0.3, 4.0: 0.4, 8.0: 0.5} for name in SETS}
+    zero = {name: 0.4 + 0.3 * math.cos(number) for number, name in enumerate(SETS)}
+    assert verdicts.few_shots_worth(curves, zero).agrees == OPEN
+    found = verdicts.few_shots_worth(curves, dict.fromkeys(SETS, 0.55))  # more than eight: how much more nobody knows
+    assert found.agrees == NOT and "> 8 examples a class (∞ to ∞)" in found.here
+
+
+@pytest.mark.parametrize(
+    ("examples", "expected"),
+    [
+        ((1, 3, 4, 4, 5, 5.4, 5.4, 6, 7, 8, 20, 100), AGREES),
+        ((1, 1, 1, 1, 2, 5.4, 6, 20, 40, 90, 100, 184), OPEN),
+        ((1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 40, 100), NOT),
+    ],
+)
+def test_examples_needed(examples, expected):
+    worth = {name: Worth(float(own), "<" if own == 1 else "") for name, own in zip(SETS, examples, strict=True)}
+    found = verdicts.examples_needed(worth)
+    assert found.agrees == expected and f"from < 1 to {examples[-1]}" in found.here
 
 
 def test_the_correlation_with_the_probe():
@@ -124,14 +143,19 @@ def test_adapting():
 
 
 def test_overlap():
-    right, seen = np.arange(200) % 2 == 0, np.arange(200) < 10
-    few = overlaps({"a": right}, {"a": seen}).sets
+    right, seen = np.arange(2000) % 2 == 0, np.arange(2000) < 20
+    few = overlaps({"a": right}, {"a": seen}).sets  # a hundredth of them, of which at most four fifths are right
     assert verdicts.overlapping(few).agrees == AGREES
+    low, high = verdicts.inflated(few[0])
+    assert low < few[0].gain < high and high == pytest.approx(0.01 * (few[0].interval.high - few[0].clean))
+    right, seen = right[:200], np.arange(200) < 10
+    assert verdicts.overlapping(overlaps({"a": right}, {"a": seen}).sets).agrees == OPEN  # so few tell nothing of 0.6 points
     cheated = overlaps({"a": np.where(np.arange(200) < 60, True, np.arange(200) % 4 == 0)}, {"a": np.arange(200) < 60}).sets
     assert verdicts.overlapping(cheated).agrees == NOT
     luck = overlaps({"a": np.r_[np.ones(4, bool), np.arange(196) % 2 == 0]}, {"a": np.arange(200) < 4}).sets
     assert verdicts.overlapping(luck).agrees == OPEN
     assert verdicts.overlapping(overlaps({"a": right}, {"a": np.zeros(200, bool)}).sets).agrees == AGREES
+    assert verdicts.overlapping(overlaps({"a": right}, {"a": np.ones(200, bool)}).sets).agrees == OPEN
 
 
 def test_an_added_class():

@@ -78,11 +78,13 @@ def compare(benchmark, full: bool, request: pytest.FixtureRequest) -> Iterator[C
         **note: Any,
     ) -> dict[str, float]:
         roof = ceilings(file)
+        start = perf_counter()
         rivals = {name: rival if isinstance(rival, str) else _tried(rival) for name, rival in rivals.items()}
+        ours()  # the warm-up of all: caches, lazy compilation
         calls = {"": ours} | {name: rival for name, rival in rivals.items() if not isinstance(rival, str)}
-        once = _turn(calls)  # warm-up: caches, lazy compilation
         if rounds is None:
-            if once < 0.3 or measure.DEVICE == "cuda":  # there the first call compiles
+            once = perf_counter() - start
+            if once < 2 or measure.DEVICE == "cuda":  # what takes longer takes three rounds, whatever of it is the warm-up's
                 once = _turn(calls)
             rounds = min(21, max(3, int(SECONDS / once)))
         replays = _graphs(calls) if graphs and measure.DEVICE == "cuda" else None

@@ -29,16 +29,18 @@ from time import perf_counter
 import torch
 
 from bench import lines
-from bench.record import ROOT, problems
+from bench.record import ROOT, problems, stem
 from clipfast import kernels
 from clipfast.kernels import dispatch, passed
 
 PYTHON: tuple[str, ...] = (sys.executable,)  # what runs a stage
 TOOLS = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])  # where ncu and compute-sanitizer are looked for
-SECONDS = {"cpu": 3000.0, "first": 200.0, "check": 480.0, "multi": 480.0}
+SECONDS = {"cpu": 1500.0, "first": 200.0, "check": 480.0, "multi": 480.0}
 LEAST = 3.0  # seconds below which no stage starts
 WIDTH = max(2, min(8, (os.cpu_count() or 1) // 2))  # processes at once, where nothing is timed
 ROWS = ("attention", "layer_norm", "mlp", "expand", "pooling")  # whose benchmarks come before those of the towers
+# Of a CPU: benchmarks of files, by pytest's -k, that come before the others.
+GOALS = {"losses": "8192", "training": "emoji", "runtimes": "runtimes", "towers": "training_step and 64"}
 # What a GPU's stages import, and what it is for; without the first nothing runs.
 NEEDS = {
     "clipfast": "torch numpy PIL regex tokenizers safetensors tqdm",
@@ -85,11 +87,12 @@ def on_gpus(*backends: str) -> list[tuple[str, str]]:
 
 
 def _cpu(path: Path) -> list[Group]:
-    long = ["--full", "-k", "growth or 8192 or 16384 or (training_step and 64)"]
+    """The end-to-end goals, the kernels' tests (in two processes, as nothing is timed), every other row."""
+    ops = list(kernels.OPS)
     return [
-        [stage(path, 1200, "tests")],
-        [rows(path, 1200, "benchmarks", "bench")],
-        [rows(path, 1800, "long", "bench", *long)],
+        *([rows(path, 400, which, f"bench/test_{file}.py", "-k", which)] for file, which in GOALS.items()),
+        [stage(path, 600, "tests", ",".join(some)) for some in (ops[::2], ops[1::2])],
+        [rows(path, 1500, "other rows", "bench", "-k", f"not ({' or '.join(f'({which})' for which in GOALS.values())})")],
     ]
 
 
@@ -241,8 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if record is None:
         print("bench.run: no record, as no stage came as far as its first line; see log.txt", file=sys.stderr)
         return 1
-    name = re.sub(r"\W+", "-", record["machine"]["device"]).strip("-").lower() if cuda else "cpu"
-    name += f"-{options.kind}" if options.kind in ("first", "multi") else ""
+    name = stem(record["machine"]) + (f"-{options.kind}" if options.kind in ("first", "multi") else "")
     (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     if not cuda and importlib.util.find_spec("matplotlib"):
         from bench.plot import charts

@@ -2,7 +2,7 @@
 
 roofline           what of the build works here, and the ceilings of the device
 light OP BACKEND   a kernel's first cases against float64, twice for equal bits
-tests OP BACKEND   all cases in all types
+tests OPS BACKEND  all cases in all types, of ops with commas between them; without BACKEND by all
 parts OP           forward and backward of each of our backends for GPUs, and every launch by itself
 launch OP BACKEND  both ways once, for ncu and compute-sanitizer; ``small``: at the first of the first cases
 """
@@ -77,15 +77,15 @@ def light(lines: Path, op: str, backend: str) -> None:
                 return
 
 
-def tests(lines: Path, *only: str) -> None:
-    """A line for each case of op × backend (without, of all that run on a CPU); they end where the GPU's context is broken."""
+def tests(lines: Path, ops: str, backend: str = "") -> None:
+    """A line for each case of the ops by the backend, or by all; they end where the GPU's context is broken."""
     from tests.kernels.rows import collected
 
-    rows = [row for row in collected((only[0],) if only else None)[0] if row.device == DEVICE and not row.interpreted]
-    rows = [row for row in rows if not only or (row.op, row.backend) == only]
-    for (op, backend), count in Counter((row.op, row.backend) for row in rows).items():
-        key = passed.key(op, backend, DEVICE)
-        append(lines, "tests", op=op, backend=backend, cases=count, kernel=passed.fingerprint(op, backend), key=key)
+    rows = [row for row in collected(tuple(ops.split(",")))[0] if row.device == DEVICE and not row.interpreted]
+    rows = [row for row in rows if backend in ("", row.backend)]
+    for (op, by), count in Counter((row.op, row.backend) for row in rows).items():
+        key = passed.key(op, by, DEVICE)
+        append(lines, "tests", op=op, backend=by, cases=count, kernel=passed.fingerprint(op, by), key=key)
     for row in rows:
         try:
             wrong = " ".join(check.disagreements(row.op, row.backend, row.arguments))

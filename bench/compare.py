@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"bench.compare: {path}: {wrong}", file=sys.stderr)
             return 2
         read.append(record)
-    devices = [f"{record['machine']['device']}, {record['machine']['threads']} threads" for record in read]
+    machines = [record["machine"] for record in read]
+    devices = [f"{m['device']}, {m['instructions']}, {m['threads']} threads" for m in machines]
     if devices[0] != devices[1]:
         print(f"bench.compare: expected records of one machine, got {devices[0]} and {devices[1]}", file=sys.stderr)
         return 2

@@ -38,7 +38,7 @@ def measured() -> Rates:
             for row in record.get("rows", [])
             if row.get("op") == "contrastive" and row.get("roofline") and row["roofline"]["limit"] == "flops"
         ]
-        if record.get("gpu") and loss:
+        if record.get("machine", {}).get("kind") == "gpu" and loss:
             towers = 0.45 * record["roofline"]["flops_per_s"]
             rates = replace(rates, loss=max(loss), towers=towers, source=f"{name}.json ({record['machine']['device']})")
     return rates

@@ -25,7 +25,7 @@ Record = dict[str, Any]
 def label(record: Record) -> str:
     """What the figures were measured on."""
     m = record["machine"]
-    on = f"driver {m['driver']}" if m["driver"] else f"{m['threads']} threads"
+    on = f"driver {m['driver']}" if m["driver"] else f"{m['instructions']}, {m['threads']} threads"
     return f"{m['device']}, {on}, torch {m['versions']['torch']}, commit {m['commit'][:10]}"
 
 

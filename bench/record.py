@@ -9,6 +9,7 @@ kernels/passed.json, from which a CUDA C++ kernel knows the GPUs that it may run
 from __future__ import annotations
 
 import argparse
+import datetime
 import hashlib
 import importlib.metadata
 import json
@@ -26,12 +27,12 @@ import torch
 
 from bench import tables
 from clipfast import kernels
-from clipfast.kernels import dispatch, passed
+from clipfast.kernels import dispatch, passed, processor
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 PACKAGES = ("torch", "triton", "numpy", "open_clip_torch", "transformers", "inf-cl", "siglip-kernel", "xformers", "flash-attn",
-            "liger-kernel", "quack-kernels")  # fmt: skip
+            "liger-kernel", "quack-kernels", "onnxruntime", "openvino", "nncf", "faster-clip")  # fmt: skip
 
 
 def machine() -> dict[str, Any]:
@@ -41,15 +42,29 @@ def machine() -> dict[str, Any]:
         kind="gpu" if gpu else "cpu",
         device=passed.device_name("cuda" if gpu else "cpu"),
         hardware=passed.hardware("cuda" if gpu else "cpu"),
+        processor=processor.cpuid(),
+        instructions=processor.NAME,
+        held=processor.HELD is not None,
         driver=passed.driver(),
         cuda=torch.version.cuda or "",
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         threads=torch.get_num_threads(),
         python=platform.python_version(),
         versions=dict(filter(lambda found: found[1], ((package, _version(package)) for package in PACKAGES))),
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(" ", "minutes").removesuffix("+00:00"),
         commit=_commit(),
         kernels=fingerprints(),
     )
+
+
+def stem(machine: dict[str, Any]) -> str:
+    """What a record's file is called: by the GPU; else by the processor, of which a name says too little, and the instruction
+    set that it was measured with."""
+    told = machine["processor"]
+    numbers = [f"{key} {told[key]}" for key in ("family", "model") if key in told]
+    vendor = re.sub("^(Authentic|Genuine)", "", told.get("vendor", ""))
+    of_cpu = [vendor if vendor and numbers else told["name"], *numbers, machine["instructions"]]
+    return re.sub(r"\W+", "-", machine["device"] if machine["kind"] == "gpu" else " ".join(of_cpu)).strip("-").lower()
 
 
 def _version(package: str) -> str:
@@ -104,7 +119,8 @@ def problems(record: Any) -> Iterator[str]:
 
 
 def _problems(record: dict[str, Any]) -> Iterator[str]:
-    known = {"kind", "device", "hardware", "driver", "cores", "threads", "python", "versions", "commit", "kernels"}
+    known = {"kind", "device", "hardware", "processor", "instructions", "held", "driver", "cores", "threads", "python",
+             "versions", "date", "commit", "kernels"}  # fmt: skip
     if missing := known - record.get("machine", {}).keys():
         yield f"expected machine to hold {', '.join(sorted(known))}; missing: {', '.join(sorted(missing))}"
         return
@@ -183,9 +199,9 @@ def state(op: str, backend: str, found: dict[str, dict[str, Any]]) -> str:
     return "changed since" if any(not counts["failed"] for counts in ran) else "never"
 
 
-def devices(found: dict[str, dict[str, Any]], kind: str) -> list[str]:
-    """The models of GPU (or processor) that the records were made on."""
-    return sorted({r["machine"]["device"] for r in found.values() if r.get("machine", {}).get("kind") == kind})
+def devices(found: dict[str, dict[str, Any]], kind: str, by: str = "device") -> list[str]:
+    """The models of GPU (or processor) that the records were made on; ``by="hardware"``: each with what a pass is for."""
+    return sorted({r["machine"][by] for r in found.values() if r.get("machine", {}).get("kind") == kind})
 
 
 def passes(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:
@@ -229,11 +245,26 @@ def gpu_table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def newest(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of the README's table: the newest of each of two instruction sets, in the order of ``processor.SETS``."""
+    of_cpus = of(found, kind="cpu").values()
+    by_set = [[r for r in of_cpus if r["machine"]["instructions"] == name] for name in processor.SETS]
+    return [max(records, key=lambda r: r["machine"]["date"]) for records in by_set if records][:2]
+
+
+def changed(record: dict[str, Any]) -> bool:
+    """Whether a source of the CPU's kernels is another than when the record was made."""
+    then, now, of_gpus = record["machine"]["kernels"], fingerprints(), (".cu", ".cuh", "triton.py", "tiles.py")
+    return any(then.get(path) != now.get(path) for path in then | now if not path.endswith(of_gpus))
+
+
 def generated() -> dict[Path, str]:
     """Every generated file and what it has to hold; ValueError for a record that is none."""
     found = records()
     benchmarks = measured(found)
-    made = {name: tables.summary(r) for name, r in benchmarks.items()} | {"gpu": gpu_table(benchmarks)}
+    made = {"gpu": gpu_table(benchmarks)}
+    if shown := newest(benchmarks):
+        made |= {"cpu": tables.summary(shown, [changed(r) for r in shown])}
     try:
         made |= {"demo": tables.demo(found["demo"])} if "demo" in found else {}
     except (IndexError, KeyError, TypeError, ValueError) as error:
@@ -261,12 +292,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     for op, backend in backends():
         runs_on = {kind for kind, device in (("cpu", "cpu"), ("gpu", "cuda")) if backend in dispatch.AUTOMATIC[device]}
-        kinds = sorted(runs_on or {"gpu"})  # other people's packages are never automatic, and are for GPUs
-        models = [model for kind in kinds for model in devices(found, kind)]
-        states = [f"{model}: {state(op, backend, of(found, device=model))}" for model in models] or [
-            "never run on its hardware"
-        ]
-        print(f"{op:17} {backend:10} {'; '.join(states)}")
+        states = []
+        for kind in sorted(runs_on or {"gpu"}):  # other people's packages are never automatic, and are for GPUs
+            by = "hardware" if kind == "cpu" else "device"
+            states += [f"{one}: {state(op, backend, of(found, **{by: one}))}" for one in devices(found, kind, by)]
+        print(f"{op:17} {backend:10} {'; '.join(states) or 'never run on its hardware'}")
     for path, text in made.items():
         path.write_text(text)
     for name, record in found.items():

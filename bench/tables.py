@@ -14,49 +14,74 @@ KEPT = {
 }
 
 
-def _head(record: dict[str, Any]) -> str:
+def _machine(record: dict[str, Any]) -> str:
+    """What a record is of, and the ceilings that were measured in the same run."""
     m, roof = record["machine"], record.get("roofline")
-    on = f"driver {m['driver']}" if m["driver"] else f"{m['threads']} threads"
-    head = f"{m['device']}, {on}, torch {m['versions']['torch']}; medians of interleaved rounds, caches cold."
-    return head + (
-        f" In the same run a copy moves {roof['bytes_per_s'] / 1e9:,.0f} GB/s and a matrix product does "
-        f"{roof['flops_per_s'] / 1e12:.3g} TFLOP/s."
+    with_set = f"held to {m['instructions']}" if m["held"] else m["instructions"]
+    on = f"driver {m['driver']}" if m["driver"] else f"{with_set}, {m['threads']} threads"
+    commit = re.sub(r"^([0-9a-f]{10})[0-9a-f]+", r"\1", m["commit"])
+    said = f"{m['device']}, {on}, torch {m['versions']['torch']}, commit {commit}, {m['date'][:10]}"
+    return said + (
+        f"; a copy moves {roof['bytes_per_s'] / 1e9:,.0f} GB/s, a matrix product does {roof['flops_per_s'] / 1e12:.3g} TFLOP/s"
         if roof
         else ""
     )
 
 
-def summary(record: dict[str, Any]) -> str:
-    """The sizes of an op in one line; everything else against every rival that ran."""
-    lines = [_head(record), "", "| what | ours | against | peak memory |", "|---|---|---|---|"]
-    kernels = [row for row in record["rows"] if row["group"] == "kernels"]
-    for op in dict.fromkeys(row["op"] for row in kernels):
-        rows = [row for row in kernels if row["op"] == op and "absent" not in row["rivals"]["eager"]]
-        eager = [row["rivals"]["eager"] for row in rows]
-        times, ups = _range([row["ms"]["median"] for row in rows]), _range([e["speedup"] for e in eager])
-        ratios = [e["memory"] / row["memory"] for e, row in zip(eager, rows, strict=True) if row["memory"] and e["memory"]]
-        notes = [f"{row['name'].removeprefix(op).strip()} {note}" for row in rows for note in kept(row)]
-        less = f"eager {_range(ratios)} × ours" if ratios else ""
-        lines.append(
-            f"| {op.replace('_', ' ')}, {len(rows)} sizes | {times} ms | {'; '.join([f'{ups} × eager', *notes])} | {less} |"
-        )
-    for row in record["rows"]:
-        ran = {n: r for n, r in row["rivals"].items() if "absent" not in r and not n.startswith("our ")}
-        if row["group"] == "kernels" or not ran:
-            continue
-        rate = f", {row['items_per_s']:,.0f}/s" if row["items_per_s"] else ""
-        against = ", ".join(f"{r['speedup']:.2f} × {name}" for name, r in ran.items())
-        memories = ", ".join(f"{name} {_mega(r['memory'])}" for name, r in ran.items())
-        memory = f"{_mega(row['memory'])}; {memories}" if row["memory"] is not None else ""
-        lines.append(f"| {title(row)} | {row['ms']['median']:.2f} ms{rate} | {against} | {memory} |")
+METHOD = "Medians of interleaved rounds, caches cold"
+
+
+def summary(records: list[dict[str, Any]], changed: list[bool]) -> str:
+    """Records side by side, each with whether its kernels have ``changed`` since: everything against every rival that ran, the
+    sizes of an op in one line. Not what ``accelerate`` does for others' models: the README has a table of that."""
+    lines = [f"{METHOD}; n × is a rival's time over ours, in the last column its peak memory over ours.", ""]
+    for record, since in zip(records, changed, strict=True):
+        now = "the kernels have changed since" if since else "the kernels are those of today"
+        lines.append(f"- {_machine(record)}; {now}.")
+    heads = (f"{r['machine']['instructions']}: ours, ms | against" for r in records)
+    lines += ["", f"| what | {' | '.join(heads)} | peak memory |", "|---" * (2 + 2 * len(records)) + "|"]
+    found = [_ops(record) | _others(record) for record in records]
+    for what in sorted(dict.fromkeys(what for cells in found for what in cells), key=lambda what: ": " not in what):
+        here = [cells.get(what, ("", "", "")) for cells in found]
+        memory = next((memory for *_, memory in here if memory), "")
+        lines.append(f"| {what} | {' | '.join(f'{ours} | {against}' for ours, against, _ in here)} | {memory} |")
     return "\n".join(lines)
+
+
+Cells = dict[str, tuple[str, str, str]]  # what: (ours in ms, against whom, peak memory)
+
+
+def _ops(record: dict[str, Any]) -> Cells:
+    found = {}
+    rows = [row for row in record["rows"] if row["group"] == "kernels" and "absent" not in row["rivals"]["eager"]]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        of_op = [row for row in rows if row["op"] == op]
+        eager = [row["rivals"]["eager"] for row in of_op]
+        ratios = [e["memory"] / row["memory"] for e, row in zip(eager, of_op, strict=True) if row["memory"] and e["memory"]]
+        times, ups = _range([row["ms"]["median"] for row in of_op]), _range([e["speedup"] for e in eager])
+        what = f"{op.replace('_', ' ')}, {len(of_op)} sizes"
+        found[what] = (times, f"{ups} × eager", f"{_range(ratios)} × eager" if ratios else "")
+    return found
+
+
+def _others(record: dict[str, Any]) -> Cells:
+    """In the order of their groups' first rows."""
+    groups = list(dict.fromkeys(row["group"] for row in record["rows"] if row["group"] not in ("kernels", "interop")))
+    found = {}
+    for row in sorted((row for row in record["rows"] if row["group"] in groups), key=lambda row: groups.index(row["group"])):
+        if ran := {n: r for n, r in row["rivals"].items() if "absent" not in r and not n.startswith("our ")}:
+            against = ", ".join(f"{r['speedup']:.2f} × {name}" for name, r in ran.items())
+            ratios = [f"{r['memory'] / row['memory']:.1f} × {name}" for name, r in ran.items() if row["memory"] and r["memory"]]
+            memory = "; ".join([_mega(row["memory"]), *ratios[:1]]) if row["memory"] is not None else ""
+            found[title(row)] = (f"{row['ms']['median']:.2f}", against, memory)
+    return found
 
 
 def page(name: str, record: dict[str, Any]) -> str:
     """Every row with all that was measured, and the tests that went before."""
     lines = [f"# {name}", "", f"Made by `python -m bench.record` from {name}.json, commit {record['machine']['commit']}.", ""]
     lines += [
-        _head(record),
+        f"{_machine(record)}. {METHOD}.",
         "",
         "| what | ms (p20 to p80) | rate | of the roofline | peak memory | against (its memory) |",
     ]

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from clipfast.kernels import processor
 
 ROOT = Path(__file__).resolve().parent  # behind a link, where the folder is one
 _SOURCES = {"cuda": "cuda.cu", "cpu": "cpu.cpp", "torch": "spec.py"}
@@ -69,24 +70,22 @@ def _closure(source: Path, found: set[Path]) -> set[Path]:
 
 
 def hardware(device: str | torch.device) -> str:
-    """What a pass is for: a GPU's compute capability, or a processor's model.
+    """What a pass is for: a GPU's compute capability, or a processor's model and the instruction set that it computes with.
 
     GPUs of one capability have the same instructions, registers and shared memory: what an H200 has passed, an H100 has. They
     differ in speed: what is measured on the machine itself counts before what a record says.
     """
     if torch.device(device).type == "cuda":
         return "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
-    return device_name(device)
+    return f"{device_name(device)}, {processor.NAME}"
 
 
 def device_name(device: str | torch.device) -> str:
     """The model of GPU or processor: what a record is of."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]  # type: ignore[index]
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()
+    told = processor.cpuid()
+    return ", ".join([told["name"], *(f"{key} {told[key]}" for key in ("family", "model") if key in told)])
 
 
 @functools.cache

@@ -1,9 +1,13 @@
-"""The instruction set of the CPU that this process computes with; the one place that reads ``CLIPFAST_CPU``."""
+"""The CPU: its model, and the instruction set that this process computes with; the one place that reads ``CLIPFAST_CPU``."""
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
+import re
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +20,29 @@ SETS = {
     "none": ("default", "SSE41", "SSE4_2"),  # torch alone: none of our kernels is written for it
 }
 _SAID = {"avx512": "AVX512", "avx2": "AVX2"}  # by torch; it has several names for the others
+
+# What the system tells: CPUID on Linux; an Arm core's numbers; "AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD" on Windows.
+_CPUID = {
+    "vendor": r"(AuthenticAMD|GenuineIntel)|^CPU implementer\s*: (\w+)",
+    "family": r"(?:^cpu family\s*:|Family|^CPU architecture\s*:) (\d+)",
+    "model": r"(?:^model\s*:|Model|^CPU part\s*:) (0x[0-9a-f]+|\d+)",
+    "name": r"^model name\s*: (.+)",
+}
+
+
+@functools.cache
+def cpuid() -> dict[str, Any]:
+    """Vendor, family, model and name of the processor, without what the system does not tell. Many models share a name: AMD's
+    of Zen 3, 4 and 5 are all "AMD EPYC" in a virtual machine."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else platform.processor()
+    return {"name": platform.processor() or platform.machine()} | _told(text)
+
+
+def _told(text: str) -> dict[str, Any]:
+    found = {key: re.search(pattern, text, re.MULTILINE) for key, pattern in _CPUID.items()}
+    told = {key: next(filter(None, match.groups())).strip() for key, match in found.items() if match}
+    return told | {key: int(told[key], 0) for key in ("family", "model") if key in told}
 
 
 def _machines() -> list[str]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +25,7 @@ def _lacks() -> str | None:
         return "this torch multiplies without MKL, whose AVX2 path on AMD it would replace"
     if processor.NAME != "avx512":
         return f"F.linear is as fast on a processor without AVX-512, got {processor.NAME}"
-    vendor, family = _processor()
+    vendor, family = processor.cpuid().get("vendor", "unknown"), processor.cpuid().get("family", 0)
     if vendor != "AuthenticAMD" or family < _FIRST_FAMILY:
         return f"F.linear is as fast but on AMD from family {_FIRST_FAMILY} (Zen 5) on, got {vendor}, family {family}"
     return _absent()
@@ -39,14 +36,6 @@ def _absent() -> str | None:
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return None
     return "this torch is built without oneDNN"
-
-
-def _processor() -> tuple[str, int]:
-    """Vendor and family as the CPUID instruction gives them; ("unknown", 0) where the system does not tell."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else platform.processor()  # on Windows "AMD64 Family 26 Model 2 …, AuthenticAMD"
-    vendor, family = re.search(r"AuthenticAMD|GenuineIntel", text), re.search(r"[Ff]amily\s*:?\s*(\d+)", text)
-    return vendor[0] if vendor else "unknown", int(family[1]) if family else 0
 
 
 LACKS = _lacks()

@@ -244,6 +244,14 @@ def test_a_gpus_run_installs_nothing_and_builds_at_need() -> None:
     assert len(timed) > 8 and all(len(group) == 1 for group in timed)
 
 
+def test_a_cpus_run_measures_each_row_once_and_the_goals_first() -> None:
+    groups = run.plan("cpu", Path("lines"))
+    asked = [group[0].command[-1] for group in groups if "--benchmark-only" in group[0].command]
+    assert asked[:-1] == [*run.GOALS.values()] and asked[-1] == f"not ({' or '.join(f'({goal})' for goal in asked[:-1])})"
+    (tests,) = (group for group in groups if len(group) > 1)
+    assert sorted(op for stage in tests for op in stage.command[-1].split(",")) == sorted(kernels.OPS)
+
+
 def test_what_the_stages_need_is_what_they_import() -> None:
     """Of packages that are not Python's: those without which they do not start."""
     code = """
@@ -292,7 +300,10 @@ def test_rows_of_one_record_and_records_of_two_machines(tmp_path: Path, capsys) 
     assert compare.main(paths) == 0
     said = capsys.readouterr().out
     assert "gone     kernels: old" in said and "new      kernels: added" in said and "1 rows in both: 0 slower" in said
-    new["machine"] = new["machine"] | {"device": "another"}
+    old = new["machine"]
+    for another in ({"device": "another"}, {"instructions": "another"}):
+        new["machine"] = old | another
+        assert compare.main([paths[0], saved(tmp_path, "new.json", new)]) == 2
     assert compare.main([paths[0], saved(tmp_path, "new.json", new)]) == 2
     assert "expected records of one machine" in capsys.readouterr().err
     (tmp_path / "broken.json").write_text("{")
@@ -350,11 +361,31 @@ def test_a_rival_has_one_colour_in_every_row(tmp_path: Path, monkeypatch) -> Non
 
 def test_tables_hold_every_row() -> None:
     made = full()
-    page, short = tables.page("cpu", made), tables.summary(made)
+    page, short = tables.page("here", made), tables.summary([made], [False])
     assert "| kernels: mlp a | 10.000 (9.900 to 10.100) |  | 100 GFLOP/s, 50% | 1.0 MB | 1.50 × eager (2.1 MB) |" in page
     assert "not run: xformers (No module named 'xformers')" in page and "xformers" not in short
-    assert "| mlp, 1 sizes | 10.00 ms | 1.50 × eager | eager 2.00 × ours |" in short
-    assert "| towers: encode text | 10.00 ms, 400/s | 3.00 × open_clip, 2.00 × compiled |" in short
+    assert "| mlp, 1 sizes | 10.00 | 1.50 × eager | 2.00 × eager |" in short
+    assert "| towers: encode text | 10.00 | 3.00 × open_clip, 2.00 × compiled | 1.0 MB; 2.0 × open_clip |" in short
+
+
+def test_two_records_stand_side_by_side() -> None:
+    """By the row; what one of them lacks is blank there."""
+    both, one = row("towers", "encode text", rivals={"open_clip": 30.0}), row("losses", "clip", rivals={"open_clip": 20.0})
+    first, second = record(both), record(row(), one, row("towers", "encode text", ms=20.0, rivals={"open_clip": 30.0}))
+    second["machine"] |= dict(
+        instructions="another", device="slow", held=True, commit="0123456789abcdef-dirty", date="2026-11-29 1"
+    )
+    short = tables.summary([first, second], [True, False])
+    assert f"- {machine()['device']}, " in short and "have changed since" in short
+    assert "- slow, held to another, " in short and "commit 0123456789-dirty, 2026-11-29; " in short
+    assert "those of today" in short.split("- slow")[1]
+    assert short.splitlines()[-5:] == [
+        f"| what | {first['machine']['instructions']}: ours, ms | against | another: ours, ms | against | peak memory |",
+        "|---|---|---|---|---|---|",
+        "| towers: encode text | 10.00 | 3.00 × open_clip | 20.00 | 1.50 × open_clip | 1.0 MB; 2.0 × open_clip |",
+        "| losses: clip |  |  | 10.00 | 2.00 × open_clip | 1.0 MB; 2.0 × open_clip |",
+        "| mlp, 1 sizes |  |  | 10.00 | 1.50 × eager | 2.00 × eager |",
+    ]
 
 
 @pytest.mark.parametrize(

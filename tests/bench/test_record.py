@@ -86,14 +86,52 @@ def test_the_machine_says_what_figures_depend_on(monkeypatch) -> None:
     assert record._commit() == "abc"
 
 
+@pytest.mark.parametrize(
+    ("told", "instructions", "expected"),
+    [
+        (dict(vendor="AuthenticAMD", family=25, model=17, name="AMD EPYC"), "avx512", "amd-family-25-model-17-avx512"),
+        (dict(vendor="AuthenticAMD", family=26, name="AMD EPYC"), "avx2", "amd-family-26-avx2"),
+        (dict(vendor="GenuineIntel", family=6, model=0, name="Xeon(R)"), "avx2", "intel-family-6-model-0-avx2"),
+        (dict(name="arm"), "neon", "arm-neon"),
+    ],
+)
+def test_a_record_is_called_by_processor_and_instruction_set(told: dict[str, Any], instructions: str, expected: str) -> None:
+    machine = dict(kind="cpu", device="d", processor=told, instructions=instructions)
+    assert record.stem(machine) == expected
+    assert record.stem(machine | dict(kind="gpu", device="NVIDIA H200")) == "nvidia-h200"
+
+
+def test_committed_records_are_called_by_what_they_are_of() -> None:
+    for name, made in record.measured(record.records()).items():
+        assert re.sub("-(first|multi)$", "", name) == record.stem(made["machine"])
+
+
+def test_the_newest_record_of_two_instruction_sets_is_shown() -> None:
+    def of(instructions: str, date: str, kind: str = "cpu") -> dict[str, Any]:
+        return dict(machine=dict(kind=kind, instructions=instructions, date=date))
+
+    old, new, avx2, neon = of("avx512", "2026-01-31"), of("avx512", "2026-02-01 10:00"), of("avx2", "2025"), of("neon", "2027")
+    found = dict(enumerate([neon, avx2, new, old, of("avx512", "2028", "gpu")]))
+    assert record.newest(found) == [new, avx2]  # type: ignore[arg-type]
+    assert record.newest({"a": neon}) == [neon] and record.newest({}) == []
+
+
+def test_the_kernels_of_a_record_have_changed_or_not() -> None:
+    now = record.fingerprints()
+    assert not record.changed(dict(machine=dict(kernels=now)))
+    assert not record.changed(dict(machine=dict(kernels=now | {"kernels/mlp/triton.py": "0" * 64})))
+    assert record.changed(dict(machine=dict(kernels=now | {"kernels/mlp/cpu.cpp": "0" * 64})))
+    assert record.changed(dict(machine=dict(kernels={k: v for k, v in now.items() if k != "kernels/vec.h"})))
+
+
 @pytest.fixture
 def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with one record, cpu.json, and a README with its table; returns the folder of records."""
+    """A repository with one record, here.json, and a README with its table; returns the folder of records."""
     results = tmp_path / "bench" / "results"
     results.mkdir(parents=True)
     (tmp_path / "kernels").mkdir()
     (tmp_path / "README.md").write_text("# a\n<!-- table: cpu -->\n<!-- end -->\n<!-- table: gpu -->\n<!-- end -->\n")
-    (results / "cpu.json").write_text(json.dumps(of_rows(row())))
+    (results / "here.json").write_text(json.dumps(of_rows(row())))
     monkeypatch.setattr(record, "ROOT", tmp_path)
     monkeypatch.setattr(record, "RESULTS", results)
     return results
@@ -101,8 +139,11 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_records_become_tables(house: Path, capsys) -> None:
     assert record.main([]) == 0
-    assert "| mlp, 1 sizes | 10.00 ms | 1.50 × eager |" in (record.ROOT / "README.md").read_text()
-    assert (house / "cpu.md").exists() and json.loads((record.ROOT / "kernels" / "passed.json").read_text()) == {}
+    readme, now = (record.ROOT / "README.md").read_text(), record.machine()
+    assert f"| what | {now['instructions']}: ours, ms | against | peak memory |" in readme
+    assert "| mlp, 1 sizes | 10.00 | 1.50 × eager | 2.00 × eager |" in readme
+    assert f"- {now['device']}, " in readme and "have changed since." in readme  # this house has no kernels
+    assert (house / "here.md").exists() and json.loads((record.ROOT / "kernels" / "passed.json").read_text()) == {}
     assert re.search(r"^contrastive +cuda +never run on its hardware$", capsys.readouterr().out, re.MULTILINE)
 
 
@@ -131,28 +172,27 @@ def test_a_file_that_is_no_record_is_named_and_nothing_written(house: Path, caps
     before = (record.ROOT / "README.md").read_text()
     assert record.main([]) == 1
     assert said in capsys.readouterr().err
-    assert (record.ROOT / "README.md").read_text() == before and not (house / "cpu.md").exists()
+    assert (record.ROOT / "README.md").read_text() == before and not (house / "here.md").exists()
 
 
 def test_asking_for_help_writes_nothing(house: Path, capsys) -> None:
-    for arguments, code in ((["--help"], 0), (["cpu.json"], 2)):
+    for arguments, code in ((["--help"], 0), (["here.json"], 2)):
         with pytest.raises(SystemExit) as ended:
             record.main(arguments)
         assert ended.value.code == code
-    assert not (house / "cpu.md").exists()
+    assert not (house / "here.md").exists()
 
 
 def test_a_row_slower_than_its_rival_has_a_note(house: Path, capsys, monkeypatch) -> None:
-    made = json.loads((house / "cpu.json").read_text())
+    made = json.loads((house / "here.json").read_text())
     rows = [row(rivals={"eager": 9.6, "our cpu": 5.0}), row(name="mlp b")]
-    (house / "cpu.json").write_text(json.dumps(made | {"rows": rows}))
+    (house / "here.json").write_text(json.dumps(made | {"rows": rows}))
     assert record.main([]) == 1
-    assert "cpu.json: kernels: mlp a is slower than eager: no note says why it is kept" in capsys.readouterr().out
+    assert "here.json: kernels: mlp a is slower than eager: no note says why it is kept" in capsys.readouterr().out
     monkeypatch.setitem(tables.KEPT, "kernels: mlp a", "it is exact")
     assert record.main([]) == 0
     assert "kernels: mlp a is slower than eager: it is exact" in capsys.readouterr().out
-    assert "0.96 to 1.50 × eager; a kept: it is exact |" in (record.ROOT / "README.md").read_text()
-    assert "0.96 × eager (2.1 MB); 0.50 × our cpu (2.1 MB); kept: it is exact |" in (house / "cpu.md").read_text()
+    assert "0.96 × eager (2.1 MB); 0.50 × our cpu (2.1 MB); kept: it is exact |" in (house / "here.md").read_text()
 
 
 def test_no_committed_row_lacks_its_note() -> None:

@@ -43,6 +43,23 @@ def test_each_lesser_set_matches_the_specs(name: str) -> None:
     assert done.stdout.splitlines() == [name], done.stdout + done.stderr[-2000:]
 
 
+EPYC = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\n"
+ARM = "processor\t: 0\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x3\nCPU part\t: 0xd0c\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (EPYC, dict(vendor="AuthenticAMD", family=25, model=17, name="AMD EPYC")),
+        ("Intel64 Family 6 Model 143 Stepping 8, GenuineIntel", dict(vendor="GenuineIntel", family=6, model=143)),
+        (ARM, dict(vendor="0x41", family=8, model=0xD0C)),
+        ("arm", {}),
+    ],
+)
+def test_the_processor_is_what_the_system_tells(text: str, told: dict[str, object]) -> None:
+    assert processor._told(text) == told
+
+
 HOLDS = """
 import clipfast, torch
 from clipfast.kernels import dispatch

@@ -25,7 +25,8 @@ from demo import emoji
 from demo.__main__ import batches
 from demo.emoji import Drawings
 
-POINTS = 4  # of a learning curve
+HALVINGS = 5  # of the steps, at which a learning curve has a point: it is read in the logarithm
+CHECKPOINTS = 4
 ASKED = 300  # drawings, and their names, that the objectives are compared on
 
 
@@ -113,9 +114,9 @@ def recipe(kind: Kind, out: str, words: Vocabulary, **changes: Any) -> TrainConf
 
 
 def plan(path: Path, learned: Drawings, words: Vocabulary, seconds: float, steps: int = 0, **changes: Any) -> dict[str, Any]:
-    """{"steps": of every model, the same, "seconds": that each may take}; measured once and kept at `path`.
+    """{"steps": of every model, the same, "step": the seconds that one takes of each}; measured once and kept at `path`.
 
-    A model's share of the time is what one of its steps takes, and a quarter more, for machines that others use too.
+    So many steps as all models can take in four fifths of the `seconds`: others may use the machine too.
     """
     if path.exists():
         return read_parsed(path)
@@ -130,28 +131,26 @@ def plan(path: Path, learned: Drawings, words: Vocabulary, seconds: float, steps
                 on_step=lambda step, model, found, own=times: own.append(found["seconds"]),
             )
         cost[name] = float(np.median(np.diff(times)))
-    total = sum(cost.values())
-    steps = steps or max(2 * POINTS, int(seconds / 1.25 / total))
-    found = {"steps": steps, "seconds": {name: max(1.0, own / total * seconds) for name, own in cost.items()}, "step": cost}
+    found = {"steps": steps or max(2 * CHECKPOINTS, int(0.8 * seconds / sum(cost.values()))), "step": cost}
     write(path, found)
     return found
 
 
-def made(name: str, folder: Path, learned: Drawings, asked: Asked, limits: dict[str, Any], **changes: Any) -> CLIP:
+def made(name: str, folder: Path, learned: Drawings, asked: Asked, steps: int, seconds: float, **changes: Any) -> CLIP:
     """The model, trained, or gone on with, or read. curve.json beside it: images seen -> is each drawing named rightly."""
     out, kind = folder / name, KINDS[name]
     done, curve = out / "done.json", out / "curve.json"
     if done.exists():
         return clipfast.load(str(out / "model.pt"), "cpu")[0]
-    every = max(1, limits["steps"] // POINTS)
     config = recipe(
-        kind, str(out), asked.words, steps=limits["steps"], max_seconds=limits["seconds"][name], resume="auto",
-        checkpoint_every=every, **changes,
+        kind, str(out), asked.words, steps=steps, max_seconds=seconds, resume="auto",
+        checkpoint_every=max(1, steps // CHECKPOINTS), **changes,
     )  # fmt: skip
     points = read_parsed(curve) if curve.exists() else {}
+    halved = {steps >> own for own in range(1, HALVINGS + 1)}
 
     def look(step: int, model: CLIP, found: dict[str, float]) -> None:
-        if step % every == 0 and step < limits["steps"]:
+        if step in halved:
             points[str(step * config.batch_size)] = asked.hits(model)
             write(curve, points)
 

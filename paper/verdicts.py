@@ -11,7 +11,7 @@ import numpy as np
 from clipfast.evaluate.few_shot import Worth, examples_worth
 from clipfast.evaluate.intervals import Interval, clopper_pearson
 from clipfast.evaluate.overlap import Overlap
-from clipfast.evaluate.robustness import log_log_fit
+from clipfast.evaluate.robustness import expit, log_log_fit, logit
 
 AGREES, NOT, OPEN = "agrees", "does not agree", "undecided"
 DRAWS, LEVEL = 1000, 0.95
@@ -31,10 +31,11 @@ def judged(interval: Interval, null: float) -> str:
     return AGREES if interval.low > null else NOT if interval.high < null else OPEN
 
 
-def drawn(statistic: Callable[[np.ndarray], float], count: int, seed: int = 0) -> Interval:
-    """Bootstrap interval of a statistic of row numbers that are drawn again; draws without a value (NaN) are left out."""
-    rng = np.random.default_rng(seed)
-    found = np.array([statistic(rng.integers(0, count, count)) for _ in range(DRAWS)], dtype=float)
+def drawn(statistic: Callable[..., float], *counts: int) -> Interval:
+    """Bootstrap interval of a statistic of row numbers that are drawn again, of each of `counts` rows by themselves; draws
+    without a value (NaN) are left out."""
+    rng = np.random.default_rng(0)
+    found = np.array([statistic(*(rng.integers(0, own, own) for own in counts)) for _ in range(DRAWS)], dtype=float)
     found = found[~np.isnan(found)]
     if not len(found):
         return Interval(-np.inf, np.inf)
@@ -46,9 +47,9 @@ def span(interval: Interval, form: str = "+.1%") -> str:
     return f"{format(interval.low, form)} to {format(interval.high, form)}".replace("inf", "∞")
 
 
-def learned(hits: Sequence[int]) -> bool:
-    """Whether as many names as drawings are told apart better than by chance."""
-    return clopper_pearson(int(np.sum(hits)), len(hits), LEVEL).low > 1 / len(hits)
+def learned(hits: Sequence[int] | Sequence[bool], classes: int = 0) -> bool:
+    """Whether classes, by default as many names as drawings, are told apart better than by chance."""
+    return clopper_pearson(int(np.sum(hits)), len(hits), LEVEL).low > 1 / (classes or len(hits))
 
 
 # ---- figure 2
@@ -59,7 +60,8 @@ def speedup(
 ) -> float:
     """How many times fewer images `fast` needs for the accuracy that `slow` ends with (or `slow` for that of `fast`, inverted).
 
-    Curves: images seen -> whether each drawing is named rightly. Between points log-linear; before the first, through (1, 0).
+    Curves: images seen -> whether each drawing is named rightly. Between points log-linear; who has it at the first point
+    needed no more than that, so that the number is a bound.
     """
     curves = [sorted((images, float(np.mean(np.asarray(hits)[rows]))) for images, hits in own.items()) for own in (slow, fast)]
     ends = [curve[-1] for curve in curves]
@@ -72,7 +74,7 @@ def speedup(
 
 def reached(curve: Sequence[tuple[float, float]], accuracy: float) -> float:
     """Images at which a curve first has that accuracy."""
-    before = (1.0, 0.0)
+    before = curve[0]
     for images, found in curve:
         if found >= accuracy:
             share = (accuracy - before[1]) / (found - before[1]) if found > before[1] else 0.0
@@ -201,13 +203,29 @@ def representation(ours: Mapping[str, float], other: Mapping[str, float]) -> Ver
 # ---- robustness, overlap, bias, digits
 
 
-def robust(effective: Mapping[str, tuple[float, Interval]]) -> Verdict:
-    """effective: zero-shot model -> effective robustness and its interval."""
-    low, high = (float(np.mean([getattr(own[1], end) for own in effective.values()])) for end in ("low", "high"))
-    mean = float(np.mean([own[0] for own in effective.values()]))
-    here = f"mean effective robustness of {len(effective)} zero-shot models {mean:+.1%} ({span(Interval(low, high))})"
+def robust(found: Mapping[str, Mapping[str, Any]]) -> Verdict:
+    """found: model -> its kind (standard: the line goes through them; zero-shot), and hits on the "base" and "shifted" images.
+
+    The interval is over the standard models and over the images of both styles.
+    """
+    kinds = [own["kind"] for own in found.values()]
+    base, shifted = (np.array([own[side] for own in found.values()], dtype=float) for side in ("base", "shifted"))
+    line, asked = (np.flatnonzero([kind == own for kind in kinds]) for own in ("standard", "zero-shot"))
+
+    def effective(models: np.ndarray, rows: np.ndarray | slice, others: np.ndarray | slice) -> float:
+        x, y = (logit(own[:, part].mean(1), [*found], len(own[0])) for own, part in ((base, rows), (shifted, others)))
+        own = line[models]
+        if not np.ptp(x[own]):
+            return float("nan")
+        slope, intercept = np.polyfit(x[own], y[own], 1)
+        return float((expit(y[asked]) - expit(slope * x[asked] + intercept)).mean())
+
+    interval = drawn(effective, len(line), base.shape[1], shifted.shape[1])
+    mean = effective(np.arange(len(line)), slice(None), slice(None))
+    here = f"mean effective robustness of {len(asked)} zero-shot models {mean:+.1%} ({span(interval)}), beside a line through "
+    here += f"{len(line)} models of the base style alone"
     told = "zero-shot models are much more robust to natural shift than what their accuracy promises"
-    return Verdict("13", told, here, judged(Interval(low, high), 0))
+    return Verdict("13", told, here, judged(interval, 0))
 
 
 def adapted(zero: Mapping[str, Any], probe: Mapping[str, Any]) -> Verdict:
@@ -254,27 +272,30 @@ def inflated(own: Overlap) -> Interval:
 
 def added_class(without: Sequence[bool], with_it: Sequence[bool], young: Sequence[bool]) -> Verdict:
     """Whether each person's drawing gets a label that wrongs it, without and with the class 'child'; whether it shows one."""
-    before, after, child = (np.asarray(own, dtype=float) for own in (without, with_it, young))
+    before, after, child = (np.asarray(own, dtype=bool) for own in (without, with_it, young))
     told = "with a class 'child' the share of people under 20 under crime-related labels falls from 32.3 to 8.7 %"
-    if not child.any() or child.all():
-        return Verdict("table 7", told, "no drawings of both children and adults", OPEN)
+    if not child.any():
+        return Verdict("table 7", told, "no drawings of children", OPEN)
+    shares = [own[child].mean() for own in (before, after)]
+    here = f"of {int(child.sum())} children {shares[0]:.0%} get such a label without and {shares[1]:.0%} with it"
+    if not child.all():
+        here += f", of adults {before[~child].mean():.0%} and {after[~child].mean():.0%}"
+    wronged, freed = int(before[child].sum()), int((before & ~after)[child].sum())
+    if not wronged:
+        return Verdict("table 7", told, here, OPEN)
+    changed = freed + int((after & ~before)[child].sum())
+    interval = clopper_pearson(freed, wronged, LEVEL)
+    here += f"; of {wronged} wronged without it {freed} are not with it ({span(interval, '.0%')})"
+    falls = changed > 0 and clopper_pearson(freed, changed, LEVEL).low > 0.5  # more are freed than are wronged anew
+    # Of 32.3 % in the paper 8.7 % stayed: three in four were freed. Fewer than half is another finding.
+    return Verdict("table 7", told, here, AGREES if falls and 0.75 in interval else NOT if interval.high < 0.5 else OPEN)
 
-    def more(rows: np.ndarray | slice) -> float:
-        fall, kids = (before - after)[rows], child[rows] > 0
-        return float(fall[kids].mean() - fall[~kids].mean()) if kids.any() and not kids.all() else float("nan")
 
-    interval = drawn(more, len(child))
-    shares = [own[child > 0].mean() for own in (before, after)]
-    here = (
-        f"of {int(child.sum())} children {shares[0]:.0%} get such a label without and {shares[1]:.0%} with it; the fall is "
-        f"{more(slice(None)):+.1%} ({span(interval)}) larger than that of adults"
-    )
-    return Verdict("table 7", told, here, judged(interval, 0))
-
-
-def handwriting(pixels: Sequence[bool], zero: Sequence[bool]) -> Verdict:
+def handwriting(pixels: Sequence[bool], zero: Sequence[bool], classes: int = 10) -> Verdict:
     gaps = np.asarray(pixels, dtype=float) - np.asarray(zero, dtype=float)
     interval = drawn(lambda rows: float(gaps[rows].mean()), len(gaps))
     here = f"pixels {np.mean(pixels):.1%}, zero-shot {np.mean(zero):.1%}: {gaps.mean():+.1%} ({span(interval)})"
     told = "on handwritten digits logistic regression on raw pixels beats zero-shot (section 3.1.5)"
+    if not learned(zero, classes):
+        return Verdict("MNIST", told, f"{here}; zero-shot is no more than chance", OPEN)
     return Verdict("MNIST", told, here, judged(interval, 0))

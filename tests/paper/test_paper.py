@@ -94,7 +94,7 @@ def test_the_whole_program_goes_on_where_it_was_killed(world, tmp_path, monkeypa
     assert all(row["steps"] == 8 for row in kept["models"].values())
     assert kept["models"]["width 24"]["flops"] > 1.5 * kept["models"][MAIN]["flops"]
     curve = json.loads((work / "models" / "predicts captions" / "curve.json").read_text())
-    assert [*curve] == ["16", "32", "48", "64"] and all(len(hits) == 10 for hits in curve.values())
+    assert [*curve] == ["8", "16", "32", "64"] and all(len(hits) == 10 for hits in curve.values())
     files = {path: path.stat().st_mtime_ns for path in (work / "results").iterdir()}
     assert [own.agrees for own in start()] == [own.agrees for own in told]  # all is there
     assert files == {path: path.stat().st_mtime_ns for path in (work / "results").iterdir()}

@@ -13,6 +13,7 @@ import clipfast.interop
 from clipfast.inputs.image import jpeg_decoder
 from clipfast.interop.accelerate import LIBRARIES
 from clipfast.kernels import OPS, dispatch, passed, processor
+from clipfast.model.products import timed
 
 
 def info() -> str:
@@ -62,5 +63,15 @@ def _versions(device: str) -> list[tuple[str, str]]:
     rows += [(f"_C_{kind}", dispatch.library(kind) or "loaded") for kind in ("cpu", "cuda")]
     rows.append(("jpeg", jpeg_decoder()))
     rows.append(("processor", f"{processor.NAME}{', as CLIPFAST_CPU asks' if processor.HELD else ''}"))
+    if device == "cpu":
+        rows.append(("bf16", _bf16()))
     rows.append(("device", f"{passed.device_name(device)}, {passed.driver() or f'{torch.get_num_threads()} threads'}"))
     return rows
+
+
+def _bf16() -> str:
+    """What the CPU has for products of bf16, and what ``precision auto`` takes of it for blocks as wide as ViT-B/32's."""
+    if not processor.BF16:
+        return "no instructions for its products: precision auto takes fp32"
+    found = timed(768, 256, training=True)
+    return f"{processor.BF16}; precision auto takes {'bf16' if found.pays else 'fp32'} for ViT-B/32: {found}"

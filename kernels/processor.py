@@ -73,5 +73,16 @@ def _chosen(asked: str | None) -> str:
     return asked
 
 
+def _bf16(name: str, held: str | None) -> str:
+    """The instructions of this set that multiply matrices of bf16; "" where there are none. What holds oneDNN to AVX-512 keeps
+    it from AMX."""
+    if name != "avx512":
+        return ""
+    if not held and torch.cpu._is_amx_tile_supported():
+        return "amx"
+    return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else ""
+
+
 HELD = os.environ.get("CLIPFAST_CPU") or None
 NAME = _chosen(HELD)
+BF16 = _bf16(NAME, HELD)

@@ -22,6 +22,7 @@ from clipfast.model.forked import check_threads
 from clipfast.model.int8 import Int8Embedding, quantise, weights_of
 from clipfast.model.intermediates import image_intermediates, text_intermediates
 from clipfast.model.packed import Packed, pack, padded, uncompiled
+from clipfast.model.products import slow_in_bf16
 from clipfast.model.resnet import Bottleneck, ModifiedResNet
 from clipfast.model.rule import untouched, watched, whole
 from clipfast.model.transformer import LayerNorm, Layout, Stream, Transformer, causal_mask, fusable, projected
@@ -330,7 +331,7 @@ class CLIP(nn.Module):
         """Names of more than one dimension that open_clip's optimiser does not decay."""
         return {"positional_embedding"} | {f"visual.{name}" for name in self.visual.no_weight_decay()}
 
-    def for_inference(self, packed: bool = False, int8: bool = False) -> CLIP:
+    def for_inference(self, packed: bool = False, int8: bool = False, bf16: bool = False) -> CLIP:
         """A copy in eval mode that asks for no gradients, with a ResNet's batch norms folded into its convolutions.
 
         Args:
@@ -341,19 +342,23 @@ class CLIP(nn.Module):
             packed: keep the weights of the blocks in the CPU's layout: 1.7 × as fast for one text, 1.3 × for one image, a few
                 per cent for many. Such a copy only encodes: it cannot be saved, copied, moved or compiled, and no gradient
                 passes through it. Where that layout does not pay, a warning says why, and the copy is as without.
+            bf16: packed, with the weights of the blocks in bf16 and products of bf16, all else in fp32: half the memory,
+                features whose cosine to those of fp32 is above 0.9995. Where a measurement, made once for a width, finds it
+                no faster on this processor, a warning has the figures, and the copy is as without.
         """
-        if packed and int8:
-            raise ValueError("for_inference: expected packed or int8, got both; int8 weights are packed")
+        if packed + int8 + bf16 > 1:
+            raise ValueError("for_inference: expected one of packed, int8 and bf16, got several; each packs its weights")
         model = (self._in_int8() if int8 else copy.deepcopy(self)).eval().requires_grad_(False)
         if isinstance(model.visual, ModifiedResNet):
             model.visual.fold_batch_norms()
-        if packed and self.bag:
-            warnings.warn("for_inference: weights are not packed: a bag of words has no blocks", stacklevel=2)
-        elif packed and (reason := onednn.lacks_packed(self.transformer.resblocks[0].mlp.c_fc.weight)):
-            warnings.warn(f"for_inference: weights are not packed: {reason}", stacklevel=2)
-        elif packed:
+        if packed or bf16:
+            blocks = self.transformer.resblocks
+            reason = onednn.lacks_packed(blocks[0].mlp.c_fc.weight) if len(blocks) else "a bag of words has no blocks"
+            if reason := reason or (slow_in_bf16(self) if bf16 else None):
+                warnings.warn(f"for_inference: weights are not {'packed' if packed else 'in bf16'}: {reason}", stacklevel=2)
+                return model
             for transformer in model._transformers():
-                transformer.pack_weights()
+                transformer.pack_weights(torch.bfloat16 if bf16 else torch.float32)
         return model
 
     def _in_int8(self) -> CLIP:

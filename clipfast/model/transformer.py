@@ -84,11 +84,24 @@ class Parts(NamedTuple):
     activation: bool | Callable[[Tensor], Tensor]  # True: QuickGELU, False: exact GELU, or what maps each number
     proj: Linear
     scales: tuple[Tensor, Tensor] | None = None  # [C] each: layer scale of either branch
+    products: torch.dtype | None = None  # of the matrix products; None: as the weights are
+
+    def lowered(self, read: bool) -> Parts:
+        """With weights in the dtype of the products. Of a block that is read, pooling multiplies with the queries', keys' and
+        values', and stays as it is."""
+        if self.products is None:
+            return self
+        qkv = self.qkv if read else tuple(self._low(part) for part in self.qkv)
+        return self._replace(qkv=qkv, out=self._low(self.out), fc=self._low(self.fc), proj=self._low(self.proj))
+
+    def _low(self, part: Linear) -> Linear:
+        return part._replace(weight=part.weight.to(self.products))
 
 
 def block(stream: Stream, parts: Parts) -> Stream:
     """One block: [..., C] -> the same; of a stream to be read -> [B, C], at the token that is read alone."""
     s, update, layout, read = stream
+    parts = parts.lowered(read)
     x, s = (normed(s, parts.ln_1), s) if update is None else normed(s, parts.ln_1, update)
     y = _pool(x, parts, layout) if read else _attend(x, parts, layout)
     y = parts.out(y)
@@ -205,6 +218,8 @@ class ResidualAttentionBlock(nn.Module):
         layer_scale: whether each branch has a learned factor for each channel.
     """
 
+    products: torch.dtype | None = None  # what the fused way multiplies in, see ``kernels.linear``; None: as the weights are
+
     def __init__(
         self, d_model: int, n_head: int, attn_mask: Tensor | None = None, *, mlp_width: int | None = None,
         activation: str = "quick_gelu", eps: float = 1e-5, dropout: float = 0.0, layer_scale: bool = False,
@@ -264,6 +279,7 @@ class ResidualAttentionBlock(nn.Module):
             (Linear.of(attn.in_proj) if int8 else Linear(attn.in_proj_weight, attn.in_proj_bias),), Linear.of(attn.out_proj),
             Norm.of(self.ln_2), Linear.of(mlp.c_fc), kind is QuickGELU if exact or kind is QuickGELU else mlp.gelu,
             Linear.of(mlp.c_proj), None if self.ls_1 is None or self.ls_2 is None else (self.ls_1.gamma, self.ls_2.gamma),
+            self.products,
         )  # fmt: skip
 
 
@@ -385,15 +401,16 @@ class Transformer(nn.Module):
     def __prepare_scriptable__(self) -> nn.Module:
         return scripted.Transformer(self)
 
-    def pack_weights(self) -> None:
-        """See ``CLIP.for_inference``."""
+    def pack_weights(self, dtype: torch.dtype = torch.float32) -> None:
+        """See ``CLIP.for_inference``; weights of fp32, to be kept in that dtype."""
         last = len(self.resblocks) - 1
         for i, block in enumerate(self.resblocks):
             homes: list[Any] = [(block.attn.out_proj, "weight"), (block.mlp.c_fc, "weight"), (block.mlp.c_proj, "weight")]
             if i != last:  # which reads its projection in parts
                 homes.append((block.attn, "in_proj_weight"))
             for home, name in homes:
-                setattr(home, name, nn.Parameter(onednn.packed(getattr(home, name)), requires_grad=False))
+                weight = onednn.packed(getattr(home, name).to(dtype))
+                setattr(home, name, nn.Parameter(weight, requires_grad=False))
 
     def rounded(self) -> list[ResidualAttentionBlock]:
         """The blocks whose weights ``CLIP.for_inference(int8=True)`` rounds: those that nobody has touched."""

@@ -57,7 +57,7 @@ class TrainConfig:
     patch_dropout: Annotated[float, "share of the patches that the image tower does not see in training"] = 0.0
     lock_image: Annotated[bool, "leave the image tower as it is"] = False
     lock_text: Annotated[bool, "leave the text tower as it is"] = False
-    precision: Annotated[str, "fp32, bf16, fp16 or auto (bf16 on a GPU that has it, else fp32)"] = "auto"
+    precision: Annotated[str, "fp32, bf16, fp16 or auto: bf16 on a GPU that has it, or a CPU where it is faster"] = "auto"
     parallel: Annotated[str, "on many ranks: ddp (a copy each) or fsdp (weights and optimiser in parts)"] = "ddp"
     gradient_checkpointing: Annotated[bool, "run transformer blocks again in the backward pass: less memory, more time"] = False
     compile: Annotated[bool, "torch.compile the transformers' blocks"] = False

@@ -21,8 +21,10 @@ from clipfast.inputs import MEAN, STD
 from clipfast.loss import clip_loss, siglip_loss
 from clipfast.model import CLIP
 from clipfast.model.predict import predicted, targets
+from clipfast.train import precision
 from clipfast.train.config import TrainConfig
 from clipfast.train.job import Job, alike, exchange, full, local, peak_memory, spread
+from clipfast.train.precision import products_alone
 from clipfast.weights import beyond_shapes, from_tensors
 
 MAX_LOG_SCALE = math.log(100)  # the paper clips the temperature so that logits are never scaled by more than 100
@@ -71,7 +73,8 @@ class Towers(nn.Module):
     """Both towers as one call, which is what DDP and FSDP wrap.
 
     dtype: bf16 or fp16 for towers that see copies of their weights, all but the norms', and so run in it from end to end;
-        autocast would mix types in the residual stream. Gradients go through the copies to the fp32 weights.
+        autocast would mix types in the residual stream. Gradients go through the copies to the fp32 weights. On a CPU bf16 is
+        that of the blocks' products alone.
     """
 
     def __init__(self, model: CLIP, dtype: torch.dtype | None = None) -> None:
@@ -94,6 +97,10 @@ class Towers(nn.Module):
     @contextmanager
     def lowered(self) -> Iterator[None]:
         """The copies in place of the weights, for a forward pass and its backward pass, which may run parts of it again."""
+        if products_alone(self.dtype, self.mean.device):
+            with precision.products_in(self.dtype, self.model):
+                yield
+            return
         places = [] if self.dtype is None else [
             (module._parameters, name, p)
             for module in self.model.modules() if not isinstance(module, NORMS)
@@ -244,29 +251,32 @@ class Engine:
         self.config, self.job = config, job
         rows = config.batch_size // job.world
         self.parts = -(-rows // min(config.micro_batch or rows, rows))
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._precision())
+        self.precision = precision.first(config, job.device)
+        self.begun: precision.Begun | None = None
+        dtype, self.updated = precision.DTYPES.get(self.precision), True
         self.sharded = job.world > 1 and config.parallel == "fsdp"
         self.model = model.to(job.device).train()
         self.model_config = beyond_shapes(model)
         blocks = prepare(model, config)
-        self.towers = Towers(model, None if self.sharded else dtype)
+        alone = products_alone(dtype, job.device)
+        self.towers = Towers(model, dtype if alone or not self.sharded else None)
         self.objective = Objective(model, config.loss, job.group).to(job.device)
         self.scalars = list(self.objective.parameters())
-        self.wrapped = spread(self.towers, blocks, self.scalars, config.parallel, job, dtype)
+        self.wrapped = spread(self.towers, blocks, self.scalars, config.parallel, job, None if alone else dtype)
         bias = [] if self.objective.bias is None else [self.objective.bias]
         self.optimizer = (adamw if config.optimizer == "adamw" else lamb)(model, config, *bias)
         # Statistics of batch norm, which the ranks average in each step.
         self.statistics = [b for b in model.buffers() if b.is_floating_point()]
         self.scaler = torch.amp.GradScaler(job.device.type, enabled=dtype == torch.float16)
         self.average = Average(model, config.ema) if config.ema else None
-        self.updated = True
         torch.manual_seed(config.seed + job.rank * 1_000_003)  # from here on each rank its own, as for dropout
 
-    def _precision(self) -> str:
-        if self.config.precision != "auto":
-            return self.config.precision
-        # On CPUs bf16 is slower than fp32 (measured).
-        return "bf16" if self.job.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    def choose(self) -> str:
+        """Fix the precision that the config leaves open; what to tell of it. All ranks call it, before the first update."""
+        self.precision, told = precision.chosen(self.config, self.model, self.parts, self.job, self.begun)
+        if products_alone(dtype := precision.DTYPES.get(self.precision), self.job.device):
+            self.towers.dtype = dtype
+        return told
 
     def update(self, batch: Batch, rate: float) -> dict[str, float]:
         """One step; `updated` says afterwards whether loss and gradient were finite, for if not the weights are untouched."""
@@ -306,6 +316,7 @@ class Engine:
     def state(self, seconds: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that resuming needs: tensors by name, and what goes into JSON."""
         about: dict[str, Any] = {"config": asdict(self.config), "seconds": seconds, "world": self.job.world}
+        about |= {"precision": self.precision, "device": self.job.device.type}
         about |= {"scaler": self.scaler.state_dict(), "model_config": self.model_config}
         return self.tensors(), about
 
@@ -344,6 +355,8 @@ class Engine:
         own = [tensors[name] for kind in ("cpu", "gpu") if (name := f"rng.{self.job.rank}.{kind}") in tensors]
         if own:
             set_random_state(own, self.job.device)
+        # Of those that say nothing of it: on a CPU `auto` was fp32 then.
+        self.begun = precision.Begun(about.get("precision", "fp32"), about.get("device", "cpu"))
         if about["scaler"]:
             self.scaler.load_state_dict(about["scaler"])
 

@@ -65,6 +65,8 @@ def train(
             engine = Engine(config, job, model or new_model(config))
             order = getattr(batches, "order", {})
             step, seconds = first, _ = resumed(config, checkpoints, engine, order)
+            told = engine.choose()
+            watch.computes(engine.precision, told)
             if job.rank == 0:
                 watch.tidy()
                 checkpoints.tidy(first)

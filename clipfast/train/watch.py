@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -80,6 +81,12 @@ class Watch:
                     "NO LOG from step %s on: %s; the training goes on: make room in %s", entry["step"], error, self.out
                 )
             self.full = True
+
+    def computes(self, precision: str, told: str) -> None:
+        """What the run computes in, and why where that was not settled beforehand: kept in config.json, shown with the bar."""
+        self.config |= {"computes_in": precision} | ({"because": told} if told else {})
+        if told and self.progress and not self.rank:
+            print(f"precision {told}", file=sys.stderr)
 
     def tidy(self) -> None:
         """Remove what a killed run left half done."""

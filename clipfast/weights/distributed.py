@@ -40,7 +40,9 @@ INDEX = ".metadata"
 DATA = re.compile(r"__\d+_\d+\.distcp")
 NUMBER = int | float
 TOLD: dict[str, Any] = {"step": int, "seconds": NUMBER, "config": dict, "model_config": dict, "scaler": dict, "files": dict}
-MORE: dict[str, Any] = {"world": int, "order": dict, "checksum": int}  # what earlier versions did not write
+# What earlier versions did not write.
+MORE: dict[str, Any] = {"world": int, "order": dict, "checksum": int, "precision": str, "device": str}
+PRECISIONS = ("fp32", "bf16", "fp16")
 SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
@@ -89,6 +91,8 @@ def read_about(path: Path) -> dict[str, Any]:
     scaler = about["scaler"]
     if scaler and (scaler.keys() != SCALER or not all(isinstance(v, NUMBER) and 0 <= v < math.inf for v in scaler.values())):
         raise ValueError(f"{ABOUT} says scaler: {str(scaler)[:60]}, expected numbers for {', '.join(sorted(SCALER))}")
+    if (precision := about.get("precision", "fp32")) not in PRECISIONS:
+        raise ValueError(f"{ABOUT} says precision: {precision[:60]!r}, expected {', '.join(PRECISIONS)}")
     if INDEX not in about["files"] or not all(name == INDEX or DATA.fullmatch(name) for name in about["files"]):
         raise ValueError(f"{ABOUT} lists files {', '.join(about['files'])[:200]}, expected {INDEX} and those of {DATA.pattern}")
     if "checksum" in about and about["checksum"] != (got := _checksum(about)):

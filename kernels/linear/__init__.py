@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.kernels import dispatch
-from clipfast.kernels.linear import onednn
+from clipfast.kernels import dispatch, processor
+from clipfast.kernels.linear import onednn, spec
 from clipfast.kernels.op import Op, transformable
 
 _BACKWARD = "(Tensor dy, Tensor? x, Tensor? weight, bool bias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
@@ -20,6 +20,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x·Wᵀ + b.
 
     ``F.linear``, the vendor's product, unless oneDNN is faster: fp32 on a CPU where MKL does not use AVX-512. Autocast holds.
+    A bf16 weight beside fp32 on a CPU asks for products of bf16: operands and result are rounded to bf16, sums are in fp32.
 
     Args:
         x: [..., C_in], any strides.
@@ -28,9 +29,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., C_out] in the dtype of ``x``.
     """
+    if mixed(x, weight):
+        return _in_bf16(x, weight, bias)
     if weight.is_mkldnn:  # onednn.packed's, which no other backend reads
         return OP(x.to(weight.dtype), weight, bias)
     return F.linear(x, weight, bias) if _vendors(x, weight) else OP(x, weight, bias)
+
+
+def mixed(x: Tensor, weight: Tensor) -> bool:
+    """Whether the products of fp32 are asked for in bf16."""
+    return (
+        weight.dtype == torch.bfloat16 and x.dtype == torch.float32 and x.is_cpu
+        and not torch.is_autocast_enabled("cpu")
+    )  # fmt: skip
+
+
+def _in_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not processor.BF16:  # torch multiplies bf16 there one number at a time: fp32 gives the same but for rounding at the end
+        return spec.reference(x, weight, bias)
+    low = weight.dtype
+    return OP(x.to(low), weight, None if bias is None else bias.to(low)).to(x.dtype)
 
 
 def _vendors(x: Tensor, weight: Tensor) -> bool:

@@ -44,9 +44,10 @@ LACKS = _lacks()
 def supports(*args: Any) -> str | None:
     tensors = [a for a in args if isinstance(a, Tensor)]
     asked = dispatch.forced() or any(t.is_mkldnn for t in tensors)
-    if reason := _absent() if asked else LACKS:
+    low = bool(processor.BF16) and all(t.dtype == torch.bfloat16 for t in tensors)  # F.linear too is oneDNN's there
+    if reason := _absent() if asked or low else LACKS:
         return reason
-    return _of_other_kind(tensors)
+    return None if low and all(t.is_cpu for t in tensors) else _of_other_kind(tensors)
 
 
 def _of_other_kind(tensors: list[Tensor]) -> str | None:

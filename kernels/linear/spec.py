@@ -61,7 +61,9 @@ def floors(itemsize: int, rows: tuple[int, ...], C: int, out: int, **_: Any) -> 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """What ``linear`` means: differentiable, in the dtype of its input."""
-    return F.linear(x, weight, bias)
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    return F.linear(x.to(weight.dtype).to(x.dtype), weight.to(x.dtype), bias)  # operands are rounded, the sum is not
 
 
 def supports(*args: Any) -> None:

@@ -123,7 +123,7 @@ def test_what_it_is_not_for_is_refused_in_one_line(tmp_path: Path) -> None:
         int8.for_inference(int8=True)
     with pytest.raises(ValueError, match="expected a float32 model on the CPU, got torch.bfloat16 on cpu"):
         medium().bfloat16().for_inference(int8=True)
-    with pytest.raises(ValueError, match="expected packed or int8, got both"):
+    with pytest.raises(ValueError, match="expected one of packed, int8 and bf16, got several"):
         model.for_inference(packed=True, int8=True)
     with pytest.raises(ValueError, match="torch.jit.script: expected a model of fp32 weights, got int8 ones"):
         torch.jit.script(int8)

@@ -73,5 +73,5 @@ def _bf16() -> str:
     """What the CPU has for products of bf16, and what ``precision auto`` takes of it for blocks as wide as ViT-B/32's."""
     if not processor.BF16:
         return "no instructions for its products: precision auto takes fp32"
-    found = timed(768, 256, training=True)
-    return f"{processor.BF16}; precision auto takes {'bf16' if found.pays else 'fp32'} for ViT-B/32: {found}"
+    pays = timed(768, 256, training=True).pays
+    return f"{processor.BF16}; measured just now, precision auto takes {'bf16' if pays else 'fp32'} for ViT-B/32"

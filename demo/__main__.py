@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
@@ -25,9 +27,12 @@ from clipfast.data import Batch
 from clipfast.evaluate import encode_texts, retrieval, zero_shot, zero_shot_weights
 from clipfast.files import output_folder, replacing
 from clipfast.model import CLIP
-from clipfast.train import Batches, TrainConfig, train
+from clipfast.train import Batches, TrainConfig, new_model, train
+from clipfast.weights import beyond_shapes
 from demo import emoji, report
 from demo.emoji import Drawings
+from demo.settings import LARGE, SMALL, described, settings, speed
+from demo.words import Vocabulary, narrow, widen
 
 QUERIES = (
     "a red heart", "a smiling face", "a sad cat", "a clock", "a train", "a fish", "a woman cooking", "the moon",
@@ -36,22 +41,23 @@ QUERIES = (
 
 
 def recipe(out: str, seconds: float) -> TrainConfig:
-    """A ResNet of four bottlenecks at 48 pixels beside a text transformer of two blocks, 8.1 million weights.
+    """The largest settings: a ResNet of four bottlenecks at 48 pixels beside a text transformer of two blocks.
 
     Chosen by what two cores reach in five minutes: ViTs of the same cost learn too slowly (43.7 % top-5 after 2,500 steps,
     this one 63.4 % after 2,300), and 64 pixels are no better, as they allow fewer steps (2,600 for 3,800: 70.7 and 71.0 %).
     A CPU computes it in fp32 (precision "auto"): a step takes 57 ms on two cores; in bf16 it took half as long again.
     """
-    model: dict[str, Any] = {"embed_dim": 128, "image_resolution": 48, "vision_layers": (1, 1, 1, 1), "vision_width": 16}
+    model: dict[str, Any] = {"embed_dim": 128, "image_resolution": LARGE, "vision_layers": (1, 1, 1, 1), "vision_width": 16}
     model |= {"vision_patch_size": None, "context_length": 32, "vocab_size": 49408}
     model |= {"transformer_width": 128, "transformer_heads": 2, "transformer_layers": 2}
     run: dict[str, Any] = {"model": model, "out": out, "max_seconds": seconds, "tensorboard": False}
     return TrainConfig(**run, batch_size=128, lr=1e-3, beta2=0.98, weight_decay=0.2, warmup=0.1, seed=0)
 
 
-def batches(drawings: Drawings, config: TrainConfig) -> Batches:
+def batches(drawings: Drawings, config: TrainConfig, side: Callable[[], int] | None = None) -> Batches:
     """Batches of distinct concepts, so that no other caption fits a drawing: the concepts of `drawings` are dealt out anew in
-    each epoch, each with one of its drawings, varied, and its label in a random template. A batch depends on its step alone.
+    each epoch, each with one of its drawings, varied, and its label in a random template. A batch depends on its step alone,
+    but for the pixels a side that `side` gives; by default the model's.
 
     Made when asked for, in 6 of a step's 63 ms: on two cores a thread that works ahead only took from the others.
     """
@@ -70,7 +76,7 @@ def batches(drawings: Drawings, config: TrainConfig) -> Batches:
         rng = np.random.default_rng([config.seed, epoch, 1 + place])
         rows = [int(rng.choice(of_concept[concept])) for concept in dealt[place * config.batch_size :][: config.batch_size]]
         varied = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        pixels = emoji.augment(drawings.rgba[rows], sizes["image_resolution"], varied)
+        pixels = emoji.augment(drawings.rgba[rows], side() if side else sizes["image_resolution"], varied)
         texts = [emoji.caption(drawings.concepts[drawings.concept[row]], rng) for row in rows]
         tokens, lengths = clipfast.tokenize(texts, sizes["context_length"], truncate=True, return_lengths=True)
         return Batch(pixels, tokens, lengths)
@@ -79,11 +85,12 @@ def batches(drawings: Drawings, config: TrainConfig) -> Batches:
 
 
 @torch.no_grad()
-def encode(model: CLIP, drawings: Drawings) -> Tensor:
-    """Normalised image features [n, D], float32 on the CPU, of drawings on white."""
+def encode(model: CLIP, drawings: Drawings, side: int = 0) -> Tensor:
+    """Normalised image features [n, D], float32 on the CPU, of drawings on white; side: in pixels, 0 for the model's."""
     was_training, device = model.training, model.logit_scale.device
     model.eval()
-    parts = [emoji.flatten(part, model.visual.input_resolution).to(device) for part in drawings.rgba.split(256)]
+    side = side or model.visual.input_resolution
+    parts = [emoji.flatten(part, side).to(device) for part in drawings.rgba.split(256)]
     features = torch.cat([model.encode_image(part, normalize=True).float().cpu() for part in parts])
     model.train(was_training)
     return features
@@ -95,21 +102,30 @@ class Watch:
     The accuracies are for the eye alone: the run does not depend on them, and their time does not count.
     """
 
-    def __init__(self, held_out: Drawings, every: float) -> None:
-        self.held_out, self.every, self.next = held_out, every, 0.0
+    def __init__(self, held_out: Drawings, seconds: float, words: Vocabulary, small: float) -> None:
+        """seconds: of the whole run; small: the share of them with fewer pixels."""
+        self.held_out, self.every, self.next, self.words, self.until = held_out, seconds / 20, 0.0, words, small * seconds
+        self.seconds = 0.0
+        self.rates: list[float] = []
         self.losses: list[tuple[float, float]] = []  # seconds, loss
         self.accuracies: list[tuple[float, float, float]] = []  # seconds, top-1, top-5
 
     def __call__(self, step: int, model: CLIP, metrics: dict[str, float]) -> None:
-        seconds = metrics["seconds"]
+        self.seconds = seconds = metrics["seconds"]
+        self.rates.append(metrics["lr"])
         self.losses.append((seconds, metrics["loss"]))
         if seconds >= self.next:
             self.next = seconds + self.every
             self.look(seconds, model)
 
+    def side(self) -> int:
+        """Pixels a side of the drawings at this time of the run."""
+        return SMALL if self.seconds < self.until else LARGE
+
     def look(self, seconds: float, model: CLIP) -> None:
-        names = zero_shot_weights(model, [concept.label for concept in self.held_out.concepts], ["{}"]).cpu()
-        scores = zero_shot(encode(model, self.held_out), names, self.held_out.concept)
+        labels = [concept.label for concept in self.held_out.concepts]
+        names = zero_shot_weights(model, labels, ["{}"], tokenizer=self.words).cpu()
+        scores = zero_shot(encode(model, self.held_out, self.side()), names, self.held_out.concept)
         self.accuracies.append((seconds, scores["top1"], scores["top5"]))
 
 
@@ -151,19 +167,35 @@ def versions() -> dict[str, str]:
 
 
 def run(config: TrainConfig, data: Path, out: Path) -> dict[str, Any]:
-    """Trains, evaluates and writes everything into `out`, which exists; returns what results.json holds.
+    """Measures, trains, evaluates and writes everything into `out`, which exists; returns what results.json holds.
 
-    `config.out` is a folder for the time of the training only.
+    `config`, of the largest settings, is made to fit the machine. Its `out` is a folder for the time of the training only.
     """
     splits = {split: emoji.load(split, data) for split in emoji.SPLITS}
-    watch = Watch(splits["seen"], config.max_seconds / 20)
-    trained = train(config, batches(splits["train"], config), on_step=watch)
-    for name in ("model.pt", "log.jsonl"):
-        Path(config.out, name).replace(out / name)
-    model = trained.model.eval()
+    drawings, sizes = splits["train"], config.model
+    assert isinstance(sizes, dict)
+    words = Vocabulary(form.format(concept.label) for concept in drawings.concepts for form in emoji.TRAIN_TEMPLATES)
+
+    def renumbered(side: Callable[[], int] | None = None) -> Batches:
+        own = batches(drawings, config, side)
+        return lambda step: (batch._replace(tokens=words.renumbered(batch.tokens)) for batch in own(step))
+
+    print("measuring this machine", flush=True)
+    measured = speed(replace(config, model=sizes | {"vocab_size": len(words)}), renumbered())
+    chosen = settings(measured)
+    print(described(chosen, measured), flush=True)
+    config = replace(config, model=sizes | {"transformer_layers": chosen.blocks})
+    watch = Watch(splits["seen"], config.max_seconds, words, chosen.small)
+    model = new_model(config)
+    table = narrow(model, words)
+    trained = train(config, renumbered(watch.side), model, watch)
+    Path(config.out, "log.jsonl").replace(out / "log.jsonl")
 
     print("evaluating", flush=True)
-    watch.look(trained.seconds, model)
+    watch.look(trained.seconds, model.eval())
+    widen(model, words, table, math.prod(1 - config.weight_decay * rate for rate in watch.rates))
+    with replacing(out / "model.pt") as file:
+        torch.save({"state_dict": model.state_dict(), "model_config": beyond_shapes(model)}, file)
     concepts, tests = splits["train"].concepts, {kind: splits[kind] for kind in ("seen", "unseen")}
     names = zero_shot_weights(model, [concept.label for concept in concepts], emoji.EVAL_TEMPLATES).cpu()
     rgba, concept = (torch.cat([getattr(test, field) for test in tests.values()]) for field in ("rgba", "concept"))
@@ -174,6 +206,7 @@ def run(config: TrainConfig, data: Path, out: Path) -> dict[str, Any]:
     results: dict[str, Any] = {
         "seconds": trained.seconds,
         "steps": trained.steps,
+        "settings": chosen._asdict() | {"measured_pairs_per_second": measured, "told": described(chosen, measured)},
         "pairs_per_second": trained.steps * config.batch_size / trained.seconds,
         "weights": sum(p.numel() for p in model.parameters()),
         "accuracy": measure(model, names, splits["train"], tests),

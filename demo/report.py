@@ -36,7 +36,8 @@ def table(results: dict[str, Any]) -> str:
     for row in results["accuracy"]:
         shares = "".join(f"{_pair(row, who):>15}" for who in ("", "pixels_", "chance_"))
         rows.append(f"{_what(row):32}{row['drawings']:9,}{row['names']:7,}{shares}")
-    return "\n".join([*rows, *([verdict(results)] if verdict(results) else []), "", _summary(results)])
+    rows += [verdict(results)] if verdict(results) else []
+    return "\n".join([*rows, "", _summary(results), results["settings"]["told"]])
 
 
 def verdict(results: dict[str, Any]) -> str:
@@ -245,7 +246,7 @@ def _page(results: dict[str, Any], attribution: str) -> str:
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>clipfast: emoji in a style never seen</title><style>{STYLE}</style>
 <h1>A CLIP names drawings in a style that it never saw</h1>
-<p class="soft">{escape(_summary(results))}</p>
+<p class="soft">{escape(_summary(results))}; {escape(results["settings"]["told"])}</p>
 <p>It learned from seven vendors’ drawings of {results["training_concepts"]:,} emoji and their names in words. Here it meets an
 eighth vendor’s (Microsoft’s Fluent): of concepts whose other drawings it learned, and of concepts that no training drawing
 shows. It picks a name among all {seen["names"]:,}, or, for the unseen concepts, among their {unseen["names"]:,}.</p>

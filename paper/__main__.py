@@ -23,9 +23,10 @@ from clipfast.evaluate.intervals import Interval
 from clipfast.evaluate.overlap import Overlap, sheet
 from clipfast.files import locked, output_folder, read_parsed, replacing
 from demo import emoji
+from demo.words import Vocabulary
 from paper import data, icons, measure, models, page, verdicts
 from paper.data import World
-from paper.models import KINDS, MAIN, OBJECTIVES, SIZES, Clock, Vocabulary, write
+from paper.models import KINDS, MAIN, OBJECTIVES, SIZES, Clock, write
 from paper.verdicts import Verdict
 
 MEASURING = 180  # seconds for all that follows the training: 65 on two free cores, and some more on busy ones

@@ -19,8 +19,9 @@ from clipfast.evaluate.robustness import robustness
 from clipfast.model import CLIP
 from demo import emoji
 from demo.emoji import Drawings
+from demo.words import Vocabulary
 from paper.data import HARM, LABELS, Shift, Task, World
-from paper.models import Vocabulary, encode, scores
+from paper.models import encode, scores
 
 PIXELS = 16  # a side, of the features that nothing has learned
 NEAR = 0.97  # cosine from which two drawings' ink is a near-duplicate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from clipfast.train import Batches, TrainConfig, train
 from demo import emoji
 from demo.__main__ import batches
 from demo.emoji import Drawings
+from demo.words import Vocabulary
 
 HALVINGS = 5  # of the steps, at which a learning curve has a point: it is read in the logarithm
 CHECKPOINTS = 4
@@ -65,31 +66,6 @@ class Clock:
 
     def save(self) -> None:
         write(self.path, {"seconds": self.spent()})
-
-
-class Vocabulary:
-    """CLIP's token ids of some texts, numbered anew in their order, so that the special ones stay the largest.
-
-    A softmax over all 49,408 would be nine tenths of what it costs to predict captions, and these texts use a tenth of them.
-    """
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        tokens = clipfast.tokenize(list(texts), 77, truncate=True)
-        self.ids = torch.unique(torch.cat([tokens.flatten(), tokens.new_zeros(1)])).long()  # 0 is what pads
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __call__(self, texts: Sequence[str], context_length: int, truncate: bool = False, return_lengths: bool = True) -> Any:
-        """As `clipfast.tokenize`."""
-        tokens, lengths = clipfast.tokenize(texts, context_length, truncate, return_lengths=True)
-        return self.renumbered(tokens), lengths
-
-    def renumbered(self, tokens: Tensor) -> Tensor:
-        found = torch.searchsorted(self.ids, tokens.long()).clamp(max=len(self.ids) - 1)
-        if unknown := tokens[self.ids[found] != tokens].tolist():
-            raise ValueError(f"expected texts of the vocabulary's {len(self.ids)} token ids, got {unknown[:5]} besides")
-        return found.int()
 
 
 def stream(learned: Drawings, config: TrainConfig, words: Vocabulary) -> Batches:

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import clipfast
 from demo import emoji
 from demo.emoji import Concept, Drawings
 from paper import __main__ as program
 from paper import data, icons, models, verdicts
-from paper.models import KINDS, MAIN, Clock, Vocabulary
+from paper.models import KINDS, MAIN, Clock
 from tests.demo.test_emoji import archive
 
 SUBGROUPS = ("animal-bird", "animal-mammal", "food-fruit", "drink", "person-role")
@@ -138,16 +137,6 @@ def test_main_colours():
         rgba[row, 10:50, 10:50] = torch.tensor([*colour, 255])
     rgba[4, :, :32], rgba[4, :, 32:] = torch.tensor([255, 0, 0, 255]), torch.tensor([0, 0, 255, 255])
     assert data.main_colours(rgba) == ["red", "green", "blue", "", ""]
-
-
-def test_a_vocabulary_numbers_what_it_knows():
-    words = Vocabulary(["a red heart", "two clocks"])
-    tokens, lengths = words(["two red clocks", "a"], 8, return_lengths=True)
-    full, expected = clipfast.tokenize(["two red clocks", "a"], 8, return_lengths=True)
-    assert torch.equal(words.ids[tokens.long()], full.long()) and torch.equal(lengths, expected)
-    assert torch.equal(tokens.argmax(1) + 1, lengths) and int(tokens.max()) == len(words) - 1
-    with pytest.raises(ValueError, match="expected texts of the vocabulary's"):
-        words(["a submarine"], 8)
 
 
 def test_icons_are_named_rendered_and_joined(tmp_path):

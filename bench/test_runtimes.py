@@ -152,7 +152,7 @@ def test_image_of_a_file(compare, models: dict[str, Any], tmp_path: Path, monkey
         monkeypatch.setenv("FASTER_CLIP_CACHE", str(tmp_path))
         export(models[""], tmp_path / "sentence-transformers__clip-ViT-B-32" / "0_CLIPModel", "transformers")
         theirs = rival.ClipModel()
-        assert cosine(torch.tensor(theirs.encode_image([file.getvalue()])), encode(models[""])) > 0.999
+        assert cosine(torch.tensor(theirs.encode_image([file.getvalue()])), encode(models[""])) > 0.99  # it resizes otherwise
     call = rival if isinstance(rival, str) else lambda: theirs.encode_image([file.getvalue()])
     with torch.no_grad():
         compare(lambda: encode(models["int8"]), {"faster-clip": call}, items=1)

@@ -355,8 +355,8 @@ class Engine:
         own = [tensors[name] for kind in ("cpu", "gpu") if (name := f"rng.{self.job.rank}.{kind}") in tensors]
         if own:
             set_random_state(own, self.job.device)
-        # Of those that say nothing of it: on a CPU `auto` was fp32 then.
-        self.begun = precision.Begun(about.get("precision", "fp32"), about.get("device", "cpu"))
+        # Earlier versions said nothing of it, and computed as this one does before it measures.
+        self.begun = precision.Begun(about.get("precision", self.precision), about.get("device", self.job.device.type))
         if about["scaler"]:
             self.scaler.load_state_dict(about["scaler"])
 

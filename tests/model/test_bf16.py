@@ -59,6 +59,6 @@ def test_where_it_does_not_pay_a_warning_says_why(measured: list[int], monkeypat
     monkeypatch.setattr(products, "_inferring", lambda width, threads: SLOWER)
     declined("an MLP of the model takes 1100.0 ms in fp32, 1000.0 ms in bf16")
     monkeypatch.setattr(products, "LEAST", 1 << 20)
-    declined("its blocks are narrower than 512, got 256")
+    declined("its blocks are narrower than 512 channels, got 256")
     with pytest.raises(ValueError, match="expected one of packed, int8 and bf16, got several"):
         model.for_inference(packed=True, bf16=True)

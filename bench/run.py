@@ -40,7 +40,7 @@ LEAST = 3.0  # seconds below which no stage starts
 WIDTH = max(2, min(8, (os.cpu_count() or 1) // 2))  # processes at once, where nothing is timed
 ROWS = ("attention", "layer_norm", "mlp", "expand", "pooling")  # whose benchmarks come before those of the towers
 # Of a CPU: benchmarks of files, by pytest's -k, that come before the others.
-GOALS = {"losses": "8192", "training": "emoji", "runtimes": "runtimes", "towers": "training_step and 64"}
+GOALS = {"losses": "8192", "training": "emoji", "runtimes": "runtimes", "towers": "towers"}
 # What a GPU's stages import, and what it is for; without the first nothing runs.
 NEEDS = {
     "clipfast": "torch numpy PIL regex tokenizers safetensors tqdm",
@@ -90,7 +90,7 @@ def _cpu(path: Path) -> list[Group]:
     """The end-to-end goals, the kernels' tests (in two processes, as nothing is timed), every other row."""
     ops = list(kernels.OPS)
     return [
-        *([rows(path, 400, which, f"bench/test_{file}.py", "-k", which)] for file, which in GOALS.items()),
+        *([rows(path, 600, which, f"bench/test_{file}.py", "-k", which)] for file, which in GOALS.items()),
         [stage(path, 600, "tests", ",".join(some)) for some in (ops[::2], ops[1::2])],
         [rows(path, 1500, "other rows", "bench", "-k", f"not ({' or '.join(f'({which})' for which in GOALS.values())})")],
     ]

@@ -79,7 +79,7 @@ def test_emoji_run(compare, full: bool) -> None:
     rounds = 5
     # As many calls as `compare` makes: a warm-up, the rounds (with --full three times as many) and one for the memory.
     calls = 2 + rounds * (3 if full else 1)
-    config = replace(demo.recipe("", 300), max_seconds=0.0, steps=STEPS)
+    config = replace(demo.recipe("", 300), max_seconds=0.0, steps=STEPS, precision="fp32")  # as theirs
     data = in_memory(config, STEPS if full else TURN * calls)
     torch.manual_seed(config.seed)
     model = CLIP(**config.model)  # type: ignore[arg-type]

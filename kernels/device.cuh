@@ -1,4 +1,4 @@
-// Helpers of the CUDA kernels: types, launches, the instructions of Hopper, the vendor's matrix product.
+// Helpers of the CUDA kernels: types, launches, instructions, the vendor's matrix product. What Hopper alone has is in hopper.cuh.
 #pragma once
 
 #ifdef CLIPFAST_EMULATED  // tests/kernels: the same kernels on the host, with or without what torch calls
@@ -54,6 +54,7 @@ struct Call {
   cudaStream_t stream;
   std::function<void*(int64_t bytes)> allocate;  // device memory until the call ends, aligned to 16 bytes
   std::function<void*()> blas;                   // torch's cuBLAS handle, set to the stream
+  int generation = 9;                            // of the GPU: its compute capability's first number
 };
 
 struct Shape {
@@ -83,7 +84,7 @@ template <class... P, class... A> void launch(const Call& call, void (*kernel)(P
   check(call.op, status);
 }
 
-// ---- a function for each instruction of Hopper (sm_90a), here and in tests/cuda_emulator.h ----
+// ---- a function for each instruction, here and in tests/kernels/cuda_emulator.h ----
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 __device__ inline char* dynamic_shared() {
   extern __shared__ __align__(1024) char memory[];
@@ -94,78 +95,6 @@ __device__ inline void sync_threads(int barrier, int threads) {
 }
 __device__ inline void arrive_threads(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-__device__ inline void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-template <int count> __device__ inline void shrink_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count)); }
-template <int count> __device__ inline void grow_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count)); }
-__device__ inline void barrier_init(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-__device__ inline void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-// The same barrier in that CTA of the cluster. Without .cluster: a release to the cluster would be a fence of the whole GPU, and what
-// these barriers guard is read and written by wgmma and TMA alone.
-__device__ inline void barrier_arrive(uint64_t* barrier, int cta) {
-  asm volatile(
-      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(
-          shared_address(barrier)),
-      "r"(cta)
-      : "memory");
-}
-__device__ inline void barrier_arrive_expecting(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-__device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
-          shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
-// Box (x, y) of the map to `to` and the same address in every CTA of the mask, where it counts towards the same barrier.
-__device__ inline void load_box(const CUtensorMap* map, char* to, uint64_t* barrier, int x, int y) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-          shared_address(to)),
-      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y)
-      : "memory");
-}
-__device__ inline void load_box(const CUtensorMap* map, char* to, uint64_t* barrier, int x, int y, uint16_t ctas) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
-      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(ctas)
-      : "memory");
-}
-__device__ inline void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int pending> __device__ inline void mma_wait(float (&d)[128]) {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
-  if constexpr (pending == 0)
-#pragma unroll
-    for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(d[i])::"memory");  // no use of d moves up to before the wait
-}
-#define CLIPFAST_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define CLIPFAST_D16(i) CLIPFAST_D4(i), CLIPFAST_D4(i + 4), CLIPFAST_D4(i + 8), CLIPFAST_D4(i + 12)
-#define CLIPFAST_MMA(type)                                                                                                     \
-  asm volatile(                                                                                                                \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {"             \
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,"   \
-      "%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,"   \
-      "%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,"    \
-      "%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, p, 1, 1, 0, 0;\n}"                       \
-      : CLIPFAST_D16(0), CLIPFAST_D16(16), CLIPFAST_D16(32), CLIPFAST_D16(48), CLIPFAST_D16(64), CLIPFAST_D16(80),             \
-        CLIPFAST_D16(96), CLIPFAST_D16(112)                                                                                    \
-      : "l"(a), "l"(b), "r"(add))
-// d = a · bᵀ (+ d), 64 × 256 of depth 16, both operands in shared memory with the depth side by side: d[4·b + 2·h + e] is row
-// 16·warp + lane / 4 + 8·h and column 8·b + 2·(lane % 4) + e.
-template <class T> __device__ inline void mma(float (&d)[128], uint64_t a, uint64_t b, int add) {
-  if constexpr (std::is_same_v<T, __half>)
-    CLIPFAST_MMA("f16");
-  else
-    CLIPFAST_MMA("bf16");
 }
 __device__ inline float exp2_fast(float x) {  // 2 ulp; below 2⁻¹²⁶ zero
   float y;
@@ -178,7 +107,6 @@ __device__ inline float reciprocal(float x) {  // 1 ulp
   return y;
 }
 
-// ---- and of sm_80 and later ----
 template <class T> __device__ inline uint32_t pack(float low, float high) {  // rounded to nearest
   uint32_t both;
   if constexpr (std::is_same_v<T, __half>)
@@ -229,19 +157,6 @@ template <class T> __device__ inline void mma_sync(float (&d)[4], const uint32_t
     CLIPFAST_MMA_SYNC("f16");
   else
     CLIPFAST_MMA_SYNC("bf16");
-}
-
-// The driver's function, found at run time, so that the library loads where there is no driver.
-inline auto tensor_map_encoder() {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-  check("TMA", cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
-#else
-  check("TMA", cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result));
-#endif
-  if (!found) throw std::runtime_error("TMA on CUDA: this driver lacks cuTensorMapEncodeTiled; expected one for CUDA 12 or later");
-  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
 }
 #endif
 
@@ -360,8 +275,9 @@ inline cudaStream_t stream_of(const Tensor& x) {
 
 // A call on x's device, which must be the current one.
 inline Call call_on(const char* op, const Tensor& x) {
-  int sms = 0;
+  int sms = 0, generation = 0;
   check(op, cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, x.get_device_index()));
+  check(op, cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, x.get_device_index()));
   const auto held = std::make_shared<std::vector<Tensor>>();
   const auto allocate = [x, held](int64_t bytes) {
     return held->emplace_back(new_empty(x, {bytes}, ScalarType::Byte)).data_ptr();
@@ -372,7 +288,7 @@ inline Call call_on(const char* op, const Tensor& x) {
     TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
     return handle;
   };
-  return {op, sms, stream_of(x), allocate, blas};
+  return {op, sms, stream_of(x), allocate, blas, generation};
 }
 #endif
 

@@ -17,16 +17,9 @@
 // tiles of 128 × 256, one and three waves of them.
 #pragma once
 
-#include "device.cuh"
+#include "hopper.cuh"
 
 #include <algorithm>
-
-// sm_90a alone has these instructions; for other architectures the kernels are empty and `supports` keeps callers away.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(CLIPFAST_EMULATED)
-#define CLIPFAST_HOPPER 1
-#else
-#define CLIPFAST_HOPPER 0
-#endif
 
 namespace clipfast {
 
@@ -100,11 +93,6 @@ struct Ring {
     phase ^= 1;
   }
 };
-
-// PTX ISA, matrix descriptor: rows of 128 bytes, swizzled (layout 1), 1,024 bytes from eight to the next eight.
-__device__ inline uint64_t descriptor(const char* p) {
-  return (shared_address(p) & 0x3ffff) >> 4 | 1ull << 16 | 1024ull >> 4 << 32 | 1ull << 62;
-}
 
 template <class T, class Epilogue>
 __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(
@@ -186,24 +174,12 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(
 #endif
 }
 
-template <class T> CUtensorMap tensor_map(const T* data, int64_t rows, int64_t depth) {
-  static const auto encode = tensor_map_encoder();
-  CUtensorMap map;
-  const cuuint64_t size[] = {static_cast<cuuint64_t>(depth), static_cast<cuuint64_t>(rows)}, pitch[] = {size[0] * sizeof(T)};
-  const cuuint32_t box[] = {kDepth, kRows}, step[] = {1, 1};
-  const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUresult result = encode(
-      &map, type, 2, const_cast<T*>(data), size, pitch, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);  // beyond rows and depth: zeros
-  if (result != CUDA_SUCCESS) throw std::runtime_error("TMA on CUDA: cuTensorMapEncodeTiled failed: " + std::to_string(result));
-  return map;
-}
-
 // Over `text_rows` rows of the problem's text, of which N are columns of S.
 template <class T, class Epilogue>
 void sweep(const Call& call, const Problem<T>& p, int64_t text_rows, const Plan& plan, const typename Epilogue::Arguments& given) {
   const Shape shape{int64_t{kCluster} * plan.slots * plan.parts, kThreads, kCluster, sizeof(Shared) + 1024};
-  launch(call, sweep_kernel<T, Epilogue>, shape, tensor_map(p.image, p.n, p.D), tensor_map(p.text, text_rows, p.D), plan, given);
+  launch(call, sweep_kernel<T, Epilogue>, shape, tensor_map(p.image, {p.D, p.n}, {p.D}, kRows),
+         tensor_map(p.text, {p.D, text_rows}, {p.D}, kRows), plan, given);
 }
 
 // ---- gradients ----

@@ -109,7 +109,9 @@ def _supports_cuda(*args: object) -> str | None:
     if (K := qkv.shape[-1] // (3 * heads)) != 64:
         return f"expected heads of 64 columns, got {K}"
     longest = qkv.shape[-2] if cu_seqlens is None else max_length
-    most = 432 if not causal and capability[0] in (9, 10) else 128  # the longer ones need 227 KB of shared memory
+    most = 128
+    if not causal and capability[0] in (9, 10):  # which have 227 KB of shared memory, and 9 wgmma
+        most = 640 if capability[0] == 9 and cu_seqlens is None else 432
     return None if longest <= most else f"expected sequences of at most {most} tokens, got {longest}"
 
 

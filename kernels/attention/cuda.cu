@@ -1,4 +1,4 @@
-// Attention of heads of 64 for NVIDIA GPUs from sm_80 on; sequences of more than 128 tokens are in long.cuh. A team of warps, one for each 16 tokens
+// Attention of heads of 64 for NVIDIA GPUs from sm_80 on; longer sequences are in long.cuh and wgmma.cuh. A team of warps, one for each 16 tokens
 // (50 tokens: 4, 77: 5), has a head of a sequence whole in shared memory, and whole rows of the softmax in registers.
 //
 // Bytes are the floor. Forward reads q, k, v and writes out: 4 rows of 128 bytes a token and head. Backward reads q, k, v, dout and writes
@@ -15,6 +15,7 @@
 // Backward has 5 products. A warp makes S, dP and dQ of its own queries; then P and dS pass in 16 bit through shared memory, where k and v
 // were, and it makes dV = Pᵀ·dout and dK = dSᵀ·q of its own keys. No atomics, all sums in a fixed order: equal inputs give equal bits.
 #include "long.cuh"
+#include "wgmma_backward.cuh"
 
 #include <optional>
 #include <tuple>
@@ -200,6 +201,7 @@ template <int kTiles> Shape shape(int64_t pairs, int matrices) {
 // out: [tokens, heads · K], lse: [heads, tokens]; `longest`: no sequence is longer.
 template <class T> void forward(const Call& call, const Problem<T>& p, int64_t longest, T* out, float* lse) {
   const Matrix<T> to{out, int64_t{p.heads} * K, 0};
+  if (fits_warpgroups(call, p)) return forward_by_warpgroups(call, p, to, lse);
   if (longest > 128 && !p.causal) return forward_long(call, p, longest, to, lse);
   by_length(call, longest, p.pairs, [&](auto tiles) {
     launch(call, forward_kernel<T, tiles.value>, shape<tiles.value>(p.pairs, 3), p, to, lse);
@@ -212,6 +214,7 @@ void backward(
     const Call& call, const Problem<T>& p, int64_t longest, const Matrix<const T>& dout, const Matrix<const T>& out, const float* lse,
     T* dqkv) {
   const Matrix<T> to{dqkv, int64_t{3} * p.heads * K, 0};
+  if (fits_warpgroups(call, p, &dout)) return backward_by_warpgroups(call, p, dout, out, lse, to);
   if (longest > 128 && !p.causal) return backward_long(call, p, longest, dout, out, lse, to);
   by_length(call, longest, p.pairs, [&](auto tiles) {
     launch(call, backward_kernel<T, tiles.value>, shape<tiles.value>(p.pairs, 4), p, dout, lse, to);
@@ -221,10 +224,12 @@ void backward(
 // ---- the tail that knows torch ----
 #ifdef CLIPFAST_TORCH
 
-// x itself where a row's chunks of 16 bytes are aligned, else a copy that has them so.
-Tensor with_aligned_rows(const Tensor& x) {
+// x itself where a row's chunks of 16 bytes are aligned, and where sequences so long that TMA must take them lie as it wants; else a
+// copy that has them so.
+Tensor with_aligned_rows(const Tensor& x, int64_t longest = 0) {
   bool fits = x.stride(x.dim() - 1) == 1 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
   for (int64_t i = 0; i < x.dim() - 1; ++i) fits &= x.stride(i) % 8 == 0;
+  if (longest > kLongest && x.dim() == 3) fits &= even(x.size(0), x.size(1), x.size(2), x.stride(1), x.stride(0));
   if (fits) return x;
   Tensor copy = new_empty(x, x.sizes());
   copy_(copy, x);
@@ -242,7 +247,8 @@ struct Inputs {
   bool causal;
 
   Inputs(const Tensor& qkv_, const std::optional<Tensor>& cu_seqlens, int64_t heads, bool causal, int64_t max_length)
-      : guard(qkv_.get_device_index()), call(call_on("attention", qkv_)), qkv(with_aligned_rows(qkv_)), heads(heads), causal(causal) {
+      : guard(qkv_.get_device_index()), call(call_on("attention", qkv_)), qkv(with_aligned_rows(qkv_, cu_seqlens ? 0 : qkv_.size(1))),
+        heads(heads), causal(causal) {
     if (qkv.size(qkv.dim() - 1) != 3 * K * heads) throw std::runtime_error("attention on CUDA: expected heads of 64 columns");
     if (cu_seqlens) ends = contiguous(*cu_seqlens);
     B = ends ? ends->numel() - 1 : qkv.size(0), L = ends ? 0 : qkv.size(1);
@@ -277,7 +283,7 @@ Tensor backward_op(
     const Tensor& dout_, const Tensor& out_, const Tensor& lse_, const Tensor& qkv, const std::optional<Tensor>& cu_seqlens, int64_t heads,
     bool causal, int64_t max_length) {
   const Inputs in(qkv, cu_seqlens, heads, causal, max_length);
-  const Tensor dout = with_aligned_rows(dout_), out = with_aligned_rows(out_), lse = contiguous(lse_);
+  const Tensor dout = with_aligned_rows(dout_, in.L), out = with_aligned_rows(out_), lse = contiguous(lse_);
   const Tensor dqkv = new_empty(qkv, qkv.sizes());
   in.run([&]<class T>(const Problem<T>& p) {
     backward(in.call, p, in.longest, matrix<T>(dout), matrix<T>(out), data<float>(lse), data<T>(dqkv));

@@ -1,6 +1,7 @@
-// Attention of 129 to 432 tokens, not causal, for NVIDIA GPUs whose CTAs have 227 KB of shared memory. A CTA has a head: forward k and v
-// whole in shared memory, backward q and the gradient of out beside them; its warps take 16 rows at a time, and the other side in blocks
-// of 64 or 32, of which those of the last tile of 16 that lie behind the end are masked: 197 tokens count as 208, 257 as 272.
+// Attention of 129 to 432 tokens, not causal, for NVIDIA GPUs whose CTAs have 227 KB of shared memory, where wgmma.cuh does not take it:
+// packed sequences, and GPUs that came after Hopper. A CTA has a head: forward k and v whole in shared memory, backward q and the
+// gradient of out beside them; its warps take 16 rows at a time, and the other side in blocks of 64 or 32, of which those of the last
+// tile of 16 that lie behind the end are masked: 197 tokens count as 208, 257 as 272.
 //
 // Forward is the online softmax. Backward has 7 products and no barrier but the first: a warp makes dq of 16 queries over all keys, and
 // then dk and dv of 16 keys over all queries, from S and dP transposed, whose registers are the operands of the next products. D comes

@@ -42,7 +42,7 @@ using cudaError_t = int; using cudaStream_t = void*; using CUresult = int; using
 constexpr int cudaSuccess = 0, CUDA_SUCCESS = 0, CUDA_R_32F = 0, CUDA_R_16F = 2, CUDA_R_16BF = 14;
 constexpr int CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9, CU_TENSOR_MAP_INTERLEAVE_NONE = 0;
 constexpr int CU_TENSOR_MAP_SWIZZLE_128B = 3, CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0;
-struct alignas(64) CUtensorMap { const char* data; int64_t width, height, pitch; int box_width, box_height; };
+struct alignas(64) CUtensorMap { const char* data; int64_t width, height, depth, pitch, step; int box_width, box_height; };
 struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct __half { _Float16 value; };
@@ -81,7 +81,13 @@ struct Guarded {
 // ---- the machine ----
 struct Barrier { int count, pending, bytes; uint32_t phase; };      // mbarrier
 struct Named { int threads, arrived; uint64_t generation; };        // bar, barrier.cluster
-struct Product { uint64_t a, b; int add; bool half; float* d[32]; };  // wgmma.mma_async of a warp
+struct Product {  // wgmma.mma_async of a warp
+  uint64_t a, b;
+  int add, columns;
+  bool half, turned;  // b with its columns, not the depth, side by side
+  float* d[32];
+  const uint32_t* left[32];  // a where it is in registers
+};
 struct Warp {
   int id, arrived[2], kind[2];  // of a meeting of its lanes, on two sides in turn
   uint64_t values[2][32], met[2], executed;
@@ -115,7 +121,7 @@ struct Thread {
   std::deque<AsyncCopy> copies;   // not yet arrived
   std::deque<size_t> batches;     // how many of them each commit included
 };
-struct Copy { const CUtensorMap* map; std::vector<Cta*> to; uint32_t address, barrier; int x, y, delay; };  // cp.async.bulk.tensor
+struct Copy { const CUtensorMap* map; std::vector<Cta*> to; uint32_t address, barrier; int x, y, z, delay; };  // cp.async.bulk.tensor
 struct Machine {
   unsigned x;  // threads of a CTA
   struct { unsigned x; } grid;  // CTAs
@@ -202,7 +208,8 @@ inline void deliver(const Copy& copy) {
       for (int c = 0; c < map.box_width; ++c) {
         const int64_t x = int64_t{copy.x} + c, y = int64_t{copy.y} + r;
         uint16_t element = 0;
-        if (x >= 0 && x < map.width && y >= 0 && y < map.height) std::memcpy(&element, map.data + y * map.pitch + 2 * x, 2);
+        const bool inside = x >= 0 && x < map.width && y >= 0 && y < map.height && copy.z >= 0 && copy.z < map.depth;
+        if (inside) std::memcpy(&element, map.data + copy.z * map.step + y * map.pitch + 2 * x, 2);
         std::memcpy(at(*cta, swizzle(copy.address + 2 * (r * map.box_width + c)), 2), &element, 2);
       }
     change(*cta, copy.barrier, 0, -2 * map.box_width * map.box_height);  // what is out of bounds counts too
@@ -211,30 +218,39 @@ inline void deliver(const Copy& copy) {
 inline float value(uint16_t bits, bool half) {
   return half ? static_cast<float>(__builtin_bit_cast(_Float16, bits)) : __bfloat162float({bits});
 }
-// "Matrix Descriptor Format", "Strides", K-major with a swizzle of 128 bytes: rows of 128 bytes, eight to an atom, from atom to atom the
-// stride byte offset; every field in units of 16 bytes.
-inline float element(Cta& cta, uint64_t descriptor, int row, int k, bool half) {
+// "Matrix Descriptor Format", "Strides", a swizzle of 128 bytes: rows of 128 bytes, eight to an atom, from atom to atom the stride byte
+// offset; every field in units of 16 bytes. K-major: the depth, up to 64, along the rows; MN-major: across them.
+inline float element(Cta& cta, uint64_t descriptor, int row, int column, bool half) {
   const auto field = [&](int from, int bits) { return static_cast<uint32_t>(descriptor >> from & ((1ull << bits) - 1)); };
   require(field(62, 2) == 1 && field(49, 3) == 0, "a descriptor of another layout than the swizzle of 128 bytes");
-  const uint32_t address = 16 * field(0, 14) + row / 8 * 16 * field(32, 14) + row % 8 * 128 + 2 * k;
+  const uint32_t address = 16 * field(0, 14) + row / 8 * 16 * field(32, 14) + row % 8 * 128 + 2 * column;
   uint16_t bits;
   std::memcpy(&bits, at(cta, swizzle(address), 2), 2);
   return value(bits, half);
 }
-// "wgmma.mma_async", m64n256k16: this warp's 16 rows. "Register fragments", D: register i of a lane has row lane / 4 + 8·(i / 2 % 2)
+// "mma.m16n8k16", "wgmma", fragments of 16 bit with g = lane / 4, t = lane % 4: element i of a has row g (i < 2, 4 <= i < 6) or g + 8 and
+// column 2·t + i % 2, 8 more from i = 4 on.
+template <class Of> void gather_left(float (&a)[16][16], bool half, const Of& of) {
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 8; ++i)
+      a[lane / 4 + (i < 2 || (i >= 4 && i < 6) ? 0 : 8)][2 * (lane % 4) + i % 2 + (i < 4 ? 0 : 8)] =
+          value(static_cast<uint16_t>(of(lane)[i / 2] >> i % 2 * 16), half);
+}
+// "wgmma.mma_async", m64nNk16: this warp's 16 rows. "Register fragments", D: register i of a lane has row lane / 4 + 8·(i / 2 % 2)
 // and column 8·(i / 4) + 2·(lane % 4) + i % 2.
 inline void execute(Cta& cta, const Warp& warp, const Product& p) {
   static float a[16][16], b[16][256], c[16][256];
   std::memset(c, 0, sizeof(c));
+  if (p.left[0]) gather_left(a, p.half, [&](int lane) { return p.left[lane]; });
   for (int k = 0; k < 16; ++k) {
-    for (int r = 0; r < 16; ++r) a[r][k] = element(cta, p.a, 16 * (warp.id % 4) + r, k, p.half);
-    for (int j = 0; j < 256; ++j) b[k][j] = element(cta, p.b, j, k, p.half);
+    for (int r = 0; r < 16 && !p.left[0]; ++r) a[r][k] = element(cta, p.a, 16 * (warp.id % 4) + r, k, p.half);
+    for (int j = 0; j < p.columns; ++j) b[k][j] = p.turned ? element(cta, p.b, k, j, p.half) : element(cta, p.b, j, k, p.half);
   }
   for (int r = 0; r < 16; ++r)
     for (int k = 0; k < 16; ++k)
-      for (int j = 0; j < 256; ++j) c[r][j] += a[r][k] * b[k][j];
+      for (int j = 0; j < p.columns; ++j) c[r][j] += a[r][k] * b[k][j];
   for (int lane = 0; lane < 32; ++lane)
-    for (int i = 0; i < 128; ++i)
+    for (int i = 0; i < p.columns / 2; ++i)
       p.d[lane][i] = (p.add ? p.d[lane][i] : 0.0f) + c[lane / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (lane % 4) + i % 2];
 }
 // ---- a launch ----
@@ -397,6 +413,7 @@ inline void barrier_arrive(uint64_t* barrier, int cta) {
   require(machine.ctas.at(cta).fenced, "the initialisation of an mbarrier is not fenced");
   emulated::change(machine.ctas[cta], shared_address(barrier), 1, 0);
 }
+inline void barrier_arrive(uint64_t* barrier) { barrier_arrive(barrier, self->cta->rank); }
 inline void barrier_arrive_expecting(uint64_t* barrier, int bytes) { emulated::change(*self->cta, shared_address(barrier), 1, bytes); }
 // "mbarrier.try_wait.parity": true once the phase of that parity has ended, which before the first is that of parity 1.
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
@@ -405,8 +422,8 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   });
 }
 // "cp.async.bulk.tensor": to the same address, and counted by the same barrier, in every CTA of the mask.
-inline void load_box(const CUtensorMap* map, char* to, uint64_t* barrier, int x, int y, int ctas = 0) {
-  emulated::Copy copy{map, {}, shared_address(to), shared_address(barrier), x, y, static_cast<int>(machine.random() % 6)};
+inline void load_box_3d(const CUtensorMap* map, char* to, uint64_t* barrier, int x, int y, int z, int ctas = 0) {
+  emulated::Copy copy{map, {}, shared_address(to), shared_address(barrier), x, y, z, static_cast<int>(machine.random() % 6)};
   require(copy.address % 128 == 0, "the destination of a copy is not aligned to 128 bytes");
   const int bytes = 2 * map->box_width * map->box_height;
   for (emulated::Cta& cta : machine.ctas)
@@ -417,31 +434,49 @@ inline void load_box(const CUtensorMap* map, char* to, uint64_t* barrier, int x,
     }
   machine.copies.push_back(copy);
 }
+inline void load_box(const CUtensorMap* map, char* to, uint64_t* barrier, int x, int y, int ctas = 0) {
+  load_box_3d(map, to, barrier, x, y, 0, ctas);
+}
 // "wgmma.fence": before the first product, and again after the registers were free for use.
 inline void mma_fence() { meet(6), self->fenced = true; }
-template <class T> void mma(float (&d)[128], uint64_t a, uint64_t b, int add) {
+// Operands in registers are read as late as the others are, so that a change before the wait changes the result.
+inline void ask(const emulated::Product& product, float* d, const uint32_t* left) {
   require(self->fenced, "wgmma.mma_async before wgmma.fence");
   emulated::Warp& w = *self->warp;
   auto& asked = self->cta->asked[w.id / 4];
   const uint64_t index = self->issued++;
-  const emulated::Product product{a, b, add, std::is_same_v<T, __half>, {}};
   if (index == asked.size()) asked.push_back(product);
-  require(asked[index].a == a && asked[index].b == b && asked[index].add == add, "threads of a warpgroup ask for different products");
+  const emulated::Product& first = asked[index];
+  require(
+      first.a == product.a && first.b == product.b && first.add == product.add && first.turned == product.turned,
+      "threads of a warpgroup ask for different products");
   if (index == w.executed + w.products.size()) w.products.push_back(product);
-  w.products.at(index - w.executed).d[self->lane] = d;
+  emulated::Product& mine = w.products.at(index - w.executed);
+  mine.d[self->lane] = d, mine.left[self->lane] = left;
 }
+template <class T> void mma(float (&d)[128], uint64_t a, uint64_t b, int add) {
+  ask({a, b, add, 256, std::is_same_v<T, __half>, false, {}, {}}, d, nullptr);
+}
+template <class T> void mma_transposed(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, int add) {
+  ask({0, b, add, 64, std::is_same_v<T, __half>, false, {}, {}}, d[0], a);
+}
+template <class T> void mma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, int add) {
+  ask({0, b, add, 64, std::is_same_v<T, __half>, true, {}, {}}, d[0], a);
+}
+template <class V> void pin(V&) {}
 inline void mma_commit() {
   auto& groups = self->warp->groups;
   if (self->committed == groups.size()) groups.push_back(self->issued);
   require(groups[self->committed++] == self->issued, "lanes of a warp commit different products");
 }
-template <int pending> void mma_wait(float (&)[128]) {
+template <int pending> void mma_wait() {
   meet(7 + pending, 0, [cta = self->cta, &w = *self->warp] {
     const uint64_t until = w.groups.size() > pending ? w.groups[w.groups.size() - 1 - pending] : 0;
     for (; w.executed < until; ++w.executed, w.products.pop_front()) emulated::execute(*cta, w, w.products.front());
   });
   if (pending == 0) self->fenced = false;
 }
+template <int pending> void mma_wait(float (&)[128]) { mma_wait<pending>(); }
 template <class T> uint32_t pack(float low, float high) {
   const auto bits = [](float x) {
     return uint32_t{std::is_same_v<T, __half> ? __builtin_bit_cast(uint16_t, __float2half_rn(x)) : __float2bfloat16_rn(x).bits};
@@ -505,9 +540,8 @@ inline void load_matrices(uint32_t (&r)[4], const char* row, bool transposed) {
 }
 inline void load_matrices(uint32_t (&r)[4], const char* row) { load_matrices(r, row, false); }
 inline void load_matrices_transposed(uint32_t (&r)[4], const char* row) { load_matrices(r, row, true); }
-// "mma.m16n8k16", the fragments of .f16 and .bf16 with g = lane / 4, t = lane % 4: element i of a has row g (i < 2, 4 <= i < 6) or g + 8
-// and column 2·t + i % 2, 8 more from i = 4 on; element i of b has row 2·t + i % 2, 8 more from i = 2 on, and column g; d[i] has row g, 8
-// more from i = 2 on, and column 2·t + i % 2.
+// "mma.m16n8k16", fragments: element i of b has row 2·t + i % 2, 8 more from i = 2 on, and column g; d[i] has row g, 8 more from i = 2 on,
+// and column 2·t + i % 2.
 template <class T> void mma_sync(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Operands { const uint32_t* a; uint32_t b[2]; float* d; } own{a, {b0, b1}, d};
   emulated::Warp& w = *self->warp;
@@ -518,9 +552,9 @@ template <class T> void mma_sync(float (&d)[4], const uint32_t (&a)[4], uint32_t
       return emulated::value(static_cast<uint16_t>(registers[i / 2] >> i % 2 * 16), std::is_same_v<T, __half>);
     };
     static float left[16][16], right[16][8];
+    emulated::gather_left(left, std::is_same_v<T, __half>, [&](int lane) { return of(lane)->a; });
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, t = lane % 4;
-      for (int i = 0; i < 8; ++i) left[g + (i < 2 || (i >= 4 && i < 6) ? 0 : 8)][2 * t + i % 2 + (i < 4 ? 0 : 8)] = element(of(lane)->a, i);
       for (int i = 0; i < 4; ++i) right[2 * t + i % 2 + (i < 2 ? 0 : 8)][g] = element(of(lane)->b, i);
     }
     for (int lane = 0; lane < 32; ++lane)
@@ -534,14 +568,17 @@ template <class T> void mma_sync(float (&d)[4], const uint32_t (&a)[4], uint32_t
 inline float flushed(double x) { return std::abs(x) < 0x1p-126 ? 0.0f : static_cast<float>(x); }
 inline float exp2_fast(float x) { return flushed(std::exp2(static_cast<double>(x))); }
 inline float reciprocal(float x) { return flushed(1.0 / x); }
-// cuda.h: what cuTensorMapEncodeTiled demands of a matrix without interleaving.
+// cuda.h: what cuTensorMapEncodeTiled demands of a tensor without interleaving.
 inline CUresult encode_tiled(
     CUtensorMap* map, int, int rank, void* data, const uint64_t* size, const uint64_t* pitch, const uint32_t* box, const uint32_t* step,
     int, int swizzle, int, int) {
   const auto aligned = [](const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; };
-  bool fits = rank == 2 && aligned(map, 64) && aligned(data, 16) && pitch[0] % 16 == 0 && pitch[0] < 1ull << 40;
-  for (int i = 0; i < 2; ++i) fits &= size[i] > 0 && size[i] <= 1ull << 32 && box[i] > 0 && box[i] <= 256 && step[i] == 1;
-  *map = {static_cast<char*>(data), int64_t(size[0]), int64_t(size[1]), int64_t(pitch[0]), int(box[0]), int(box[1])};
+  bool fits = (rank == 2 || rank == 3) && aligned(map, 64) && aligned(data, 16) && pitch[0] >= 2 * size[0];
+  for (int i = 0; i < rank; ++i) fits &= size[i] > 0 && size[i] <= 1ull << 32 && box[i] > 0 && box[i] <= (i < 2 ? 256 : 1) && step[i] == 1;
+  for (int i = 0; i + 1 < rank; ++i) fits &= pitch[i] % 16 == 0 && pitch[i] < 1ull << 40;
+  const int64_t depth = rank == 3 ? size[2] : 1, further = rank == 3 ? pitch[1] : 0;
+  fits &= rank == 2 || (pitch[1] % pitch[0] == 0 && pitch[1] >= size[1] * pitch[0]);
+  *map = {static_cast<char*>(data), int64_t(size[0]), int64_t(size[1]), depth, int64_t(pitch[0]), further, int(box[0]), int(box[1])};
   return fits && swizzle == CU_TENSOR_MAP_SWIZZLE_128B && box[0] * 2 == 128 ? CUDA_SUCCESS : 1;
 }
 inline auto tensor_map_encoder() { return &encode_tiled; }

@@ -26,7 +26,7 @@ from tests.kernels.mutants import COMPILED, TRITON
 ROOT = Path(__file__).parents[2]
 BUILT = ROOT / "build" / "cmake"
 LOSSES = ("contrastive", "pairwise_sigmoid")
-SHARED = {"device.cuh": ("layer_norm",)}  # files of several ops, others the losses'
+SHARED = {"device.cuh": ("layer_norm",), "hopper.cuh": ("attention",)}  # files of several ops, others the losses'
 SECONDS = 600.0  # a kernel that hangs is found out, too
 
 

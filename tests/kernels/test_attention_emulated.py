@@ -26,7 +26,7 @@ using emulated::Memory;
 
 struct Given {
   const void *qkv, *dout, *out, *ends;
-  int64_t span, pitch, step, dout_span, dout_pitch, dout_step, B, tokens, longest, heads, causal, half, seed;
+  int64_t span, pitch, step, dout_span, dout_pitch, dout_step, B, tokens, longest, heads, causal, half, seed, generation;
 };
 
 template <class F> const char* run(const Given& g, const F& f) {
@@ -35,7 +35,7 @@ template <class F> const char* run(const Given& g, const F& f) {
       using T = decltype(t);
       const Matrix<const T> qkv{m.in<T>(g.qkv, g.span), g.pitch, g.step};
       const int* ends = g.ends ? m.in<int>(g.ends, g.B + 1) : nullptr;
-      f(m, Call{"emulated", 4, nullptr, {}, {}},
+      f(m, Call{"emulated", 1, nullptr, {}, {}, int(g.generation)},
         Problem<T>{qkv, ends, g.tokens, g.B * g.heads, int(g.heads), int(g.longest), g.causal > 0});
     };
     g.half ? with(__half{}) : with(__nv_bfloat16{});
@@ -62,7 +62,7 @@ class Given(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("qkv", "dout", "out", "ends")),
         *((name, ctypes.c_int64) for name in ("span", "pitch", "step", "dout_span", "dout_pitch", "dout_step", "B", "tokens")),
-        *((name, ctypes.c_int64) for name in ("longest", "heads", "causal", "half", "seed")),
+        *((name, ctypes.c_int64) for name in ("longest", "heads", "causal", "half", "seed", "generation")),
     ]
 
 
@@ -70,7 +70,7 @@ class Emulated:
     """The backend, with a new order of warps on every call."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.library, self.calls = library, 0
+        self.library, self.calls, self.generation = library, 0, 9
 
     def supports(self, *args: Any) -> str | None:
         return _supports_cuda(_on_gpu(args[-5]), *args[-4:])
@@ -82,6 +82,7 @@ class Emulated:
         given.ends = None if cu_seqlens is None else cu_seqlens.data_ptr()
         given.tokens, given.longest = qkv.shape[:-1].numel(), qkv.shape[1] if cu_seqlens is None else max_length
         given.causal, given.half, given.seed = causal, qkv.dtype == torch.float16, self.calls
+        given.generation = self.generation
         return given
 
     def forward(self, qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -135,7 +136,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulated]:
 CASES = {
     name: case
     for name, case in spec.CASES.items()
-    if case.get("K", 64) == 64 and max(case["lengths"], default=0) <= (128 if case.get("causal") else 432)
+    if case.get("K", 64) == 64 and max(case["lengths"], default=0) <= (128 if case.get("causal") else 640)
 }
 CASES |= {
     "L16, heads over CTAs": dict(lengths=(16, 16, 16), heads=3),
@@ -153,7 +154,13 @@ CASES |= {
     "sharp, causal": dict(lengths=(77,), spread=8.0, causal=True),
     "L129, two heads": dict(lengths=(129,), heads=2),
     "L208, sharp": dict(lengths=(208,), spread=8.0),
+    "L192, in whole blocks": dict(lengths=(192,)),
+    "L200, of eight heads": dict(lengths=(200,) * 2, heads=4),
+    "L577": dict(lengths=(577,)),
+    "L150, batch inside": dict(lengths=(150,) * 2, layout="batch inside"),
     "packed, of all lengths up to 144": dict(lengths=(0, 144, 1, 16, 0, 33), packed=True),
+    "packed, L197 and 208": dict(lengths=(197, 208), packed=True),
+    "packed, sharp": dict(lengths=(257,), packed=True, spread=8.0),
 }
 
 
@@ -188,8 +195,14 @@ def test_scores_that_are_all_low(emulated: Emulated, length: int) -> None:
 
 
 @pytest.mark.slow
-def test_the_longest(emulated: Emulated) -> None:
-    assert not disagreements("attention", "cuda", inputs(torch.bfloat16, lengths=(432,)))
+@pytest.mark.parametrize(("length", "packed"), [(432, True), (640, False)])
+def test_the_longest(emulated: Emulated, length: int, packed: bool) -> None:
+    assert not disagreements("attention", "cuda", inputs(torch.bfloat16, lengths=(length,), packed=packed))
+
+
+def test_a_gpu_that_came_after_wgmma(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emulated, "generation", 10)
+    assert not disagreements("attention", "cuda", inputs(torch.float16, lengths=(257,)))
 
 
 def truth(given: dict[str, Any], upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -282,11 +295,14 @@ def test_what_it_supports() -> None:
         assert reason((4, 129, 384)) == "expected sequences of at most 128 tokens, got 129"
         assert reason((999, 384), ends=ends, longest=500) == "expected sequences of at most 128 tokens, got 500"
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        assert reason((4, 432, 384)) is None
-        assert reason((4, 433, 384)) == "expected sequences of at most 432 tokens, got 433"
+        assert reason((4, 640, 384)) is None and reason((999, 384), ends=ends, longest=432) is None
+        assert reason((4, 641, 384)) == "expected sequences of at most 640 tokens, got 641"
+        assert reason((999, 384), ends=ends, longest=500) == "expected sequences of at most 432 tokens, got 500"
         assert reason((4, 129, 384), causal=True) == "expected sequences of at most 128 tokens, got 129"
         assert reason((4, 50, 384), torch.float32) == "expected float16 or bfloat16, got torch.float32"
         assert reason((4, 50, 384), heads=4) == "expected heads of 64 columns, got 32"
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+        assert reason((4, 433, 384)) == "expected sequences of at most 432 tokens, got 433"
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         assert reason((4, 50, 384)) == "expected compute capability 8.0 or later"
     assert _supports_cuda(torch.empty(4, 50, 384), None, 2, False, 0) == "expected CUDA tensors, got cpu"

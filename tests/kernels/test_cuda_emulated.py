@@ -305,6 +305,44 @@ def test_sigmoid(library: ctypes.CDLL, name: str, bias: float) -> None:
     close(without[1], slope.double(), 2e-6)
 
 
+@pytest.mark.parametrize("scale", [14.3, 100.0])
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["contrastive", "sigmoid"])
+def test_gradients_in_bf16_have_less_error_than_eagers_under_autocast(
+    library: ctypes.CDLL, sigmoid: bool, scale: float
+) -> None:
+    """Whose features are in fp32 and rounded for the product alone; and they are the same in any order of the warps."""
+    N, bias = 300, -10.0
+    case = Case(N, N, 64, scale=scale)
+    case.text = F.normalize(case.text.double() + 0.5 * case.image.double(), dim=1).bfloat16()  # pairs that are alike
+    case.given.text = case.text.data_ptr()
+
+    def eager(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (case.image, case.text)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            logits = (scale * leaves[0] @ leaves[1].T).to(dtype)
+        if sigmoid:
+            loss = -F.logsigmoid((2 * torch.eye(N) - 1) * (logits + bias)).sum() / N
+        else:
+            loss = sum(F.cross_entropy(x, torch.arange(N)) for x in (logits, logits.T)) / 2
+        return list(torch.autograd.grad(loss, leaves))
+
+    def ours(seed: int) -> list[Tensor]:
+        case.given.seed, found = seed, [torch.empty(N, 64), torch.empty(N, 64)]
+        if sigmoid:
+            case.call(library.pairwise_sigmoid, torch.tensor(bias), torch.empty(N), torch.empty(N), *found)
+            return [(scale / N * x).bfloat16() for x in found]
+        row_top, row_sum, col_top, col_sum, diagonal = (torch.empty(N) for _ in range(5))
+        case.call(library.contrastive, row_top, row_sum, col_top, col_sum, diagonal)
+        lse = [row_top + row_sum.log(), col_top + col_sum.log()]
+        each = torch.full((N,), 0.5 / N)
+        pairs = each * sum((diagonal - x).expm1() for x in lse)
+        case.call(library.contrastive_backward, *lse, each, each, pairs, *found)
+        return [(scale * x).bfloat16() for x in found]
+
+    for mine, again, other, true in zip(ours(0), ours(1), eager(torch.float32), eager(torch.float64), strict=True):
+        assert (mine - true).norm() < (other - true).norm() and torch.equal(mine, again)
+
+
 @pytest.mark.parametrize(
     ("n", "N", "D", "most"), [(65536, 65536, 768, 640), (65536, 65536, 1152, 760), (8192, 65536, 768, 450)]
 )

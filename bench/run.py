@@ -38,7 +38,7 @@ TOOLS = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])  # 
 SECONDS = {"cpu": 1500.0, "first": 200.0, "check": 480.0, "multi": 480.0}
 LEAST = 3.0  # seconds below which no stage starts
 WIDTH = max(2, min(8, (os.cpu_count() or 1) // 2))  # processes at once, where nothing is timed
-ROWS = ("attention", "layer_norm", "mlp", "expand", "pooling")  # whose benchmarks come before those of the towers
+ROWS = ("attention", "layer_norm", "mlp", "fused_mlp", "pooling")  # whose benchmarks come before those of the towers
 # Of a CPU: benchmarks of files, by pytest's -k, that come before the others.
 GOALS = {"losses": "8192", "training": "emoji", "runtimes": "runtimes", "towers": "towers"}
 # What a GPU's stages import, and what it is for; without the first nothing runs.

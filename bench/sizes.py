@@ -31,7 +31,7 @@ FIRST: dict[str, dict[str, dict[str, Any]]] = {
         "L/14": dict(lengths=(257,) * 4, heads=16),
     },
     "contrastive": _PAIRS,
-    "expand": {"no tile fits": dict(rows=301, C=192), "4k": dict(rows=4096, C=768)},
+    "fused_mlp": {"no tile fits": dict(rows=301, C=192), "4k": dict(rows=4096, C=768)},
     "layer_norm": {"no tile fits": dict(shape=(37, 72), residual=True), "4k": dict(shape=(4096, 768), residual=True)},
     "mlp": {"no tile fits": dict(rows=301, C=72), "4k": dict(rows=4096, C=768)},
     "pairwise_sigmoid": _PAIRS,
@@ -51,6 +51,6 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
         "197 x 256": dict(lengths=(197,) * 256, heads=12),
         "257 x 256": dict(lengths=(257,) * 256, heads=16),
     },
-    "expand": {"B/16 x 256": dict(rows=256 * 197, C=768)},
+    "fused_mlp": {"B/16 x 256": dict(rows=256 * 197, C=768)},
     "layer_norm": {"B/16 x 256": dict(shape=(256, 197, 768), residual=True)},
 }

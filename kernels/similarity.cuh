@@ -1,5 +1,5 @@
 // Sweeps over the similarity matrix S = image · textᵀ for Hopper (sm_90a), tile by tile, S never in memory: what the contrastive and
-// the sigmoid loss share. One kernel, in which an `Epilogue` of the loss takes each tile from the registers.
+// the sigmoid loss share, and an MLP uses. One kernel, in which an `Epilogue` of the loss takes each tile from the registers.
 //
 // A CTA makes 128 × 256 of S at a time: one thread loads by TMA through a ring of four stages of depth 64, two warpgroups multiply,
 // 64 × 256 each (128 registers a thread), and then take exponentials. What bounds a tile, in cycles of an SM:
@@ -76,6 +76,18 @@ struct Seat {
 __device__ inline int pair_in_tile(int row, int64_t offset, int column) {
   const int64_t pair = row + offset - column;
   return pair >= -8 && pair < kColumns ? static_cast<int>(pair) : kColumns;
+}
+
+// x: a lane's 16 of 64 columns, over 2 rows -> x[0], x[1]: of its eight pairs that of number lane / 4, over the warp's 16 rows. Each
+// exchange halves the columns: 14 shuffles where a reduction in place takes 48.
+template <int half = 8> __device__ inline void spread(float (&x)[16], int lane) {
+  const bool upper = lane & 2 * half;
+#pragma unroll
+  for (int i = 0; i < half; ++i) {
+    const float give = upper ? x[i] : x[i + half], keep = upper ? x[i + half] : x[i];
+    x[i] = keep + __shfl_xor_sync(~0u, give, 2 * half);
+  }
+  if constexpr (half > 2) spread<half / 2>(x, lane);
 }
 
 struct alignas(1024) Shared {

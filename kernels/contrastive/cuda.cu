@@ -30,18 +30,6 @@ __device__ inline void add(float& top, float& sum, float other_top, float other_
   top = fmaxf(top, other_top);
 }
 
-// x: 16 columns over 2 rows in every lane -> x[0], x[1]: the columns 2·lane, 2·lane + 1 of 64 over 16 rows. Each exchange halves the
-// columns: 14 shuffles where a reduction in place takes 48.
-template <int half = 8> __device__ inline void spread(float (&x)[16], int lane) {
-  const bool upper = lane & 2 * half;
-#pragma unroll
-  for (int i = 0; i < half; ++i) {
-    const float give = upper ? x[i] : x[i + half], keep = upper ? x[i + half] : x[i];
-    x[i] = keep + __shfl_xor_sync(~0u, give, 2 * half);
-  }
-  if constexpr (half > 2) spread<half / 2>(x, lane);
-}
-
 template <class T> struct Statistics {
   struct Arguments {
     const float* scale;
@@ -142,7 +130,7 @@ template <class T> struct Statistics {
         if (!apart) sums[0] += upper, sums[1] += lower;
         if (apart) own[i % 2] = i / 2 == seat.lane / 4 ? top : own[i % 2];
       }
-      spread(x, seat.lane);
+      spread(x, seat.lane);  // the columns 2·lane and the next of 64
       columns[(seat.warp * kColumns + 64 * part) / 2 + seat.lane] = make_float4(own[0], x[0], own[1], x[1]);
       for (int e = 0; e < 2; ++e) right &= 64 * part + e >= left || !(x[e] < kFaint);
     }

@@ -193,10 +193,10 @@ def test_layer_norm_of_which_only_the_sum_is_used() -> None:
 
 def test_every_op_has_its_backends() -> None:
     """A backend that is absent has no rows in test_kernels; here it shows when one is."""
-    assert set(kernels.OPS) == {"attention", "batch_norm", "bmm", "contrastive", "convolution", "expand", "int8_linear",
+    assert set(kernels.OPS) == {"attention", "batch_norm", "bmm", "contrastive", "convolution", "fused_mlp", "int8_linear",
                                 "layer_norm", "linear", "mlp", "pairwise_sigmoid", "pooling"}  # fmt: skip
     # On a GPU without a kernel of ours in Triton.
-    vendors = {"batch_norm", "bmm", "convolution", "expand", "int8_linear", "linear"}
+    vendors = {"batch_norm", "bmm", "convolution", "int8_linear", "linear"}
     for name, op in kernels.OPS.items():
         triton = [] if name in vendors else ["triton"]
         for backend in (
@@ -206,7 +206,7 @@ def test_every_op_has_its_backends() -> None:
             *(["onednn"] if name == "linear" else []),
         ):
             assert not isinstance(op.backend(backend), str), f"{name}: {backend}: {op.backend(backend)}"
-    assert {name for name, op in kernels.OPS.items() if "cpu" not in op.compiled} == {"expand", "linear"}
+    assert {name for name, op in kernels.OPS.items() if "cpu" not in op.compiled} == {"fused_mlp", "linear"}
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,18 @@ def open_clip_model(sizes: dict[str, Any], state: dict[str, Tensor]) -> nn.Modul
     return model
 
 
+def open_clip_task(model: Any, image: Tensor, text: Tensor) -> Callable[[], Tensor] | str:
+    """The loss by open_clip's CLIPTask, compiled as ``--torchcompile-strategy task`` does it, or the reason why it is not here:
+    PyPI's 3.3.0 has no tasks."""
+    tasks: Any = imported("open_clip.task")
+    if isinstance(tasks, str):
+        return tasks
+    model.output_dict = True  # what a task asks of its model; encode_image and encode_text do not know it
+    task = tasks.CLIPTask(model, verbose=False).train()
+    task.compile(target="task")
+    return lambda: task({"image": image, "text": text})["loss"]
+
+
 def of_op(op: str) -> dict[str, Callable | str]:
     """Who else computes an op: a function of the same arguments, or the reason why it is not here."""
     found: dict[str, Callable | str] = {}
@@ -71,7 +83,10 @@ def of_op(op: str) -> dict[str, Callable | str]:
             found[name] = "measured on CUDA only"
             continue
         package = imported(module)
-        found[name] = package if isinstance(package, str) else make(package)
+        try:
+            found[name] = package if isinstance(package, str) else make(package)
+        except AttributeError as error:  # another version of the package
+            found[name] = f"{module}: {error}"
     return found
 
 
@@ -170,6 +185,19 @@ def _quack(module: Any) -> Callable:
     return _added(LayerNorm.apply)
 
 
+def _quack_mlp(module: Any) -> Callable:
+    """Without its search, which compiles every shape of tile: minutes."""
+
+    def mlp(
+        x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, quick_gelu: bool = True
+    ) -> Tensor:
+        act = "quick_gelu" if quick_gelu else "gelu_erf"
+        return module.mlp_func(x, fc_weight, proj_weight, act, bias1=fc_bias, bias2=proj_bias, tuned=False)
+
+    return mlp
+
+
+_MLP = {"QuACK": ("quack.mlp", _quack_mlp)}
 RIVALS: dict[str, dict[str, tuple[str, Callable[[Any], Callable]]]] = {
     "attention": {
         "SDPA flash": ("torch", _sdpa(SDPBackend.FLASH_ATTENTION)),
@@ -179,6 +207,8 @@ RIVALS: dict[str, dict[str, tuple[str, Callable[[Any], Callable]]]] = {
         "flash-attn": ("flash_attn", _flash_attn),
         "flash-attn 4": ("flash_attn.cute", _flash_attn_4),
     },
+    "fused_mlp": _MLP,
+    "mlp": _MLP,
     "layer_norm": {
         "apex": (
             "apex.normalization.fused_layer_norm",

@@ -73,12 +73,17 @@ def inf_cl() -> Loss | str:
     return loss if GPU else "inf-cl runs on CUDA only"
 
 
-def siglip_kernel() -> Loss | str:
-    """siglip-kernel with the backend that it chooses itself."""
+def siglip_kernel(chunk: int = 0) -> Loss | str:
+    """siglip-kernel with the backend and the chunks that it chooses itself (4,096 rows on Hopper), or with chunks of so many
+    rows: 1,024 need the least memory, more are faster."""
     found: Any = imported("siglip_kernel")
     if isinstance(found, str):
         return found
-    return (lambda i, t, s, b: found.fused_siglip_loss(i, t, s.log(), b)) if GPU else "siglip-kernel runs on CUDA only"
+    if not GPU:
+        return "siglip-kernel runs on CUDA only"
+    if chunk:
+        return lambda i, t, s, b: found.fused_chunked_bf16_siglip_loss(i, t, s.log(), b, chunk_size=chunk)
+    return lambda i, t, s, b: found.fused_siglip_loss(i, t, s.log(), b)
 
 
 def contenders(name: str, N: int, compiled: bool) -> dict[str, Loss | str]:
@@ -93,6 +98,7 @@ def contenders(name: str, N: int, compiled: bool) -> dict[str, Loss | str]:
             eager = lambda i, t, s, b: module(i, t, s)  # noqa: E731
     else:
         rivals, ours = {"chunked": chunked_siglip, "siglip-kernel": siglip_kernel()}, siglip_loss
+        rivals |= {f"siglip-kernel {chunk:,}": siglip_kernel(chunk) for chunk in (1024, 16384)}
         eager = None if absent else open_clip.loss.SigLipLoss()
     found: dict[str, Loss | str] = {"ours": ours, "open_clip": eager or absent}
     if compiled:

@@ -117,7 +117,7 @@ def _first(path: Path) -> list[Group]:
 
 def _names() -> list[str]:
     """Of our kernels in CUDA C++, without which ncu would profile torch's too."""
-    sources = [*passed.ROOT.glob("*.cuh"), *passed.ROOT.glob("*/cuda.cu")]
+    sources = [*passed.ROOT.rglob("*.cuh"), *passed.ROOT.glob("*/cuda.cu")]
     bounds = r"(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(?:__cluster_dims__\([^()]*\)\s*)?"
     return sorted(
         {n for s in sources for n in re.findall(rf"__global__\s+void\s+{bounds}(\w+)", s.read_text(encoding="utf-8"))}

@@ -450,6 +450,12 @@ inline void ask(const emulated::Product& product, float* d, const uint32_t* left
   require(
       first.a == product.a && first.b == product.b && first.add == product.add && first.turned == product.turned,
       "threads of a warpgroup ask for different products");
+  for (const emulated::Copy& copy : machine.copies)
+    for (const uint64_t operand : {product.a, product.b}) {
+      const uint32_t at = 16 * static_cast<uint32_t>(operand & 0x3fff), bytes = 2 * copy.map->box_width * copy.map->box_height;
+      const bool here = std::count(copy.to.begin(), copy.to.end(), self->cta) && at >= copy.address && at < copy.address + bytes;
+      require(!here, "a product of what a copy has yet to bring");
+    }
   if (index == w.executed + w.products.size()) w.products.push_back(product);
   emulated::Product& mine = w.products.at(index - w.executed);
   mine.d[self->lane] = d, mine.left[self->lane] = left;

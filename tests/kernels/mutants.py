@@ -267,6 +267,7 @@ COMPILED: dict[str, list[tuple[str, ...]]] = {
         ("barrier_wait(&held.own_empty[group], parity);", ""),
         ("parity ^= 1;\n      const bool keys", "const bool keys"),
         ("(keys ? 2 : held.kOwn) * kBlockBytes", "held.kOwn * kBlockBytes"),
+        ("barrier_wait(&held.own_full[group], parity);", ""),
         ("barrier_wait(&held.full[(before + i) % held.kSlots], (before + i) / held.kSlots & 1);", ""),
         ("if (leaves && lane == 0)", "if (lane == 0)"),
         ("(length - kBlock * i + 15) / 16", "(length - kBlock * i) / 16"),

@@ -73,8 +73,10 @@ def _others(record: dict[str, Any]) -> Cells:
     for row in sorted((row for row in record["rows"] if row["group"] in groups), key=lambda row: groups.index(row["group"])):
         if ran := {n: r for n, r in row["rivals"].items() if "absent" not in r and not n.startswith("our ")}:
             against = ", ".join(f"{r['speedup']:.2f} × {name}" for name, r in ran.items())
-            ratios = [f"{r['memory'] / row['memory']:.1f} × {name}" for name, r in ran.items() if row["memory"] and r["memory"]]
-            memory = "; ".join([_mega(row["memory"]), *ratios[:1]]) if row["memory"] is not None else ""
+            ratios = [(r["memory"] / row["memory"], name) for name, r in ran.items() if row["memory"] and r["memory"]]
+            ratios = [one for one in ratios if one[0] >= 0.05]  # less: what a runtime needs it keeps between calls
+            others = [f"{ratio:.1f} × {name}" for ratio, name in ratios[:1]]
+            memory = "; ".join([_mega(row["memory"]), *others]) if row["memory"] is not None else ""
             found[title(row)] = (f"{row['ms']['median']:.2f}", against, memory)
     return found
 

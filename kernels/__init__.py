@@ -15,6 +15,7 @@ The ops:
     bmm               a batch of products of matrices, where the vendor's is slow
     contrastive       both log-sum-exps of CLIP's similarity matrix and their gradients, the matrix never formed
     convolution       3 × 3 and 1 × 1, of few channels
+    encoder           residual attention blocks for inference, in one parallel region
     fused_mlp         mlp's two Linears with the activation, and its derivative, in the epilogue of a product
     int8_linear       x·Wᵀ + b and an activation, weights and activations rounded to 8 bits, for inference
     layer_norm        layer norm, with the residual addition before it in the same pass
@@ -37,6 +38,7 @@ from clipfast.kernels.bmm import bmm
 from clipfast.kernels.contrastive import contrastive
 from clipfast.kernels.convolution import convolution
 from clipfast.kernels.dispatch import use
+from clipfast.kernels.encoder import encoder
 from clipfast.kernels.fused_mlp import fused_mlp
 from clipfast.kernels.int8_linear import int8_linear
 from clipfast.kernels.layer_norm import layer_norm
@@ -47,6 +49,6 @@ from clipfast.kernels.pairwise_sigmoid import pairwise_sigmoid
 from clipfast.kernels.pooling import pooling
 
 __all__ = [
-    "OPS", "attention", "batch_norm", "bmm", "contrastive", "convolution", "dispatch", "fused_mlp", "int8_linear",
+    "OPS", "attention", "batch_norm", "bmm", "contrastive", "convolution", "dispatch", "encoder", "fused_mlp", "int8_linear",
     "layer_norm", "linear", "mlp", "pairwise_sigmoid", "pooling", "use",
 ]  # fmt: skip

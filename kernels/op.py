@@ -79,7 +79,7 @@ def _plain(args: tuple) -> bool:
         not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
-        and all(type(a) in _PLAIN for a in args)
+        and all([type(a) in _PLAIN or (type(a) is list and all([type(b) in _PLAIN for b in a])) for a in args])
         and not args[0].is_meta
     )
 

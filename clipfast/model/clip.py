@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipfast.kernels import OPS
+from clipfast.kernels.dispatch import forced
 from clipfast.kernels.linear import onednn
 from clipfast.model import scripted
 from clipfast.model.forked import check_threads
-from clipfast.model.int8 import Int8Embedding, quantise, weights_of
+from clipfast.model.frozen import Int8Attention, Int8Embedding, PackedAttention, freeze, weights_of
 from clipfast.model.intermediates import image_intermediates, text_intermediates
 from clipfast.model.packed import Packed, pack, padded, uncompiled
 from clipfast.model.products import slow_in_bf16
@@ -70,7 +72,7 @@ class CLIP(nn.Module):
     """
 
     output_dict = False  # open_clip's: whether ``forward`` gives features, scale and bias
-    int8 = False  # whether its weights are 8-bit integers, see ``for_inference``
+    frozen: str | None = None  # "packed" or "int8", of a copy that ``for_inference`` made so
 
     def __init__(
         self, embed_dim: int, image_resolution: int, vision_layers: int | tuple[int, int, int, int], vision_width: int,
@@ -339,50 +341,69 @@ class CLIP(nn.Module):
                 comes: a quarter of the memory, three times the speed on a CPU, features whose cosine to those of fp32 is above
                 0.995. No gradient passes, and other libraries cannot read it.
                 Convolutions, norms and the last projections stay as they are.
-            packed: keep the weights of the blocks in the CPU's layout: 1.7 × as fast for one text, 1.3 × for one image, a few
-                per cent for many. Such a copy only encodes: it cannot be saved, copied, moved or compiled, and no gradient
-                passes through it. Where that layout does not pay, a warning says why, and the copy is as without.
-            bf16: packed, with the weights of the blocks in bf16 and products of bf16, all else in fp32: half the memory,
-                features whose cosine to those of fp32 is above 0.9995. Where a measurement, made once for a width, finds it
-                no faster on this processor, a warning has the figures, and the copy is as without.
+            packed: lay out the weights of the blocks for a CPU that answers single requests, in fp32: twice as fast for one
+                text. No gradient passes, and other libraries cannot read it. Where that is of no use, a warning says why, and
+                the copy is as without.
+            bf16: weights of the blocks in bf16, in the CPU's layout, and products of bf16, all else in fp32: half the memory,
+                features whose cosine to those of fp32 is above 0.9995. Such a copy only encodes: it cannot be saved, copied,
+                moved or compiled. Where a measurement, made once for a width, finds it no faster on this processor, a warning
+                has the figures, and the copy is as without.
         """
         if packed + int8 + bf16 > 1:
             raise ValueError("for_inference: expected one of packed, int8 and bf16, got several; each packs its weights")
-        model = (self._in_int8() if int8 else copy.deepcopy(self)).eval().requires_grad_(False)
+        reason = self._not_packed() if packed else self._not_in_bf16() if bf16 else None
+        if reason:
+            warnings.warn(f"for_inference: weights are not {'packed' if packed else 'in bf16'}: {reason}", stacklevel=2)
+            packed = bf16 = False
+        model = (self._frozen(int8) if packed or int8 else copy.deepcopy(self)).eval().requires_grad_(False)
         if isinstance(model.visual, ModifiedResNet):
             model.visual.fold_batch_norms()
-        if packed or bf16:
-            blocks = self.transformer.resblocks
-            reason = onednn.lacks_packed(blocks[0].mlp.c_fc.weight) if len(blocks) else "a bag of words has no blocks"
-            if reason := reason or (slow_in_bf16(self) if bf16 else None):
-                warnings.warn(f"for_inference: weights are not {'packed' if packed else 'in bf16'}: {reason}", stacklevel=2)
-                return model
-            for transformer in model._transformers():
-                transformer.pack_weights(torch.bfloat16 if bf16 else torch.float32)
+        for transformer in model._transformers() if bf16 else ():
+            transformer.pack_in_bf16()
         return model
 
-    def _in_int8(self) -> CLIP:
-        """A copy with 8-bit weights; what is rounded is not copied before."""
-        if self.dtype != torch.float32 or self.positional_embedding.device.type != "cpu" or self.int8:
-            got = f"{'int8' if self.int8 else self.dtype} on {self.positional_embedding.device}"
-            raise ValueError(f"for_inference(int8=True): expected a float32 model on the CPU, got {got}")
-        weights = [w for t in self._transformers() for block in t.rounded() for w in weights_of(block)]
-        model = copy.deepcopy(self, {id(w): w for w in (*weights, self.token_embedding.weight)})
+    def _not_packed(self) -> str | None:
+        if self.bag:
+            return "a bag of words has no blocks"
+        if self._kept != "torch.float32 on cpu":
+            return f"expected float32 on the CPU, got {self._kept}"
+        if (backend := forced()) not in (None, "cpu"):
+            return f"{backend} is forced, which does not read them"
+        found = OPS["encoder"].backend("cpu")
+        return found if isinstance(found, str) else None
+
+    def _not_in_bf16(self) -> str | None:
+        if self.bag:
+            return "a bag of words has no blocks"
+        return onednn.lacks_packed(self.transformer.resblocks[0].mlp.c_fc.weight) or slow_in_bf16(self)
+
+    @property
+    def _kept(self) -> str:
+        return f"{self.frozen or self.dtype} on {self.positional_embedding.device}"
+
+    def _frozen(self, int8: bool) -> CLIP:
+        """A copy with weights that are laid out, or rounded; these are not copied before."""
+        if self._kept != "torch.float32 on cpu":
+            raise ValueError(f"for_inference(int8=True): expected a float32 model on the CPU, got {self._kept}")
+        untaken = [w for t in self._transformers() for block in t.freezable(int8) for w in weights_of(block)]
+        rounds = int8 and untouched(self.token_embedding)
+        untaken += [self.token_embedding.weight] if rounds else []
+        model = copy.deepcopy(self, {id(w): w for w in untaken})
         for transformer in model._transformers():
-            for block in transformer.rounded():
-                quantise(block)
-        if untouched(self.token_embedding):
+            for block in transformer.freezable(int8):
+                freeze(block, Int8Attention if int8 else PackedAttention)
+        if rounds:
             model.token_embedding = Int8Embedding(self.token_embedding)  # type: ignore[assignment]
-        else:
-            model.token_embedding = copy.deepcopy(self.token_embedding)
-        model.int8 = True
+        model.frozen = "int8" if int8 else "packed"
         return model
 
     def __prepare_scriptable__(self) -> nn.Module:
         if self.bag:
             raise ValueError("torch.jit.script: expected a text tower with a transformer, got a bag of words")
-        if self.int8:
-            raise ValueError("torch.jit.script: expected a model of fp32 weights, got int8 ones; script the fp32 model")
+        if self.frozen:
+            raise ValueError(
+                f"torch.jit.script: expected a model of fp32 weights, got {self.frozen} ones; script the fp32 model"
+            )
         return scripted.CLIP(self)
 
     def _transformers(self) -> list[Transformer]:

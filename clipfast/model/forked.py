@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from torch import Tensor, get_num_threads
+from torch import Tensor, compiler, get_num_threads
 
 _started = _lost = False  # threads of this process; those of the process that it was forked from
 
@@ -12,7 +12,7 @@ _started = _lost = False  # threads of this process; those of the process that i
 def check_threads(given: Tensor) -> None:
     """Before an encoding: RuntimeError where it would hang, in place of that. One thread, as a data worker has, works."""
     global _started
-    if given.is_cpu and not _started:
+    if not _started and given.is_cpu and not compiler.is_compiling():
         if _lost and get_num_threads() > 1:
             raise RuntimeError(
                 "expected a process that can compute on a CPU in parallel, got one forked from a process that had done so, in "

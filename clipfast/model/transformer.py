@@ -6,7 +6,7 @@ The residual stream s travels beside the update that the block before owes to it
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from clipfast.kernels import attention, int8_linear, layer_norm, linear, mlp, pooling
 from clipfast.kernels.linear import onednn
 from clipfast.model import scripted
-from clipfast.model.int8 import Int8Attention, Int8Linear
+from clipfast.model.frozen import LINEARS, Frozen, Int8Linear, PackedLinear
 from clipfast.model.rule import know, plain, untouched, watched, whole
 
 # ---- the fused block
 
 
 class Linear(NamedTuple):
-    weight: Tensor  # [out, in], or int8 in panels
+    weight: Tensor  # [out, in], or int8 in strips
     bias: Tensor | None
     scale: Tensor | None = None  # [out] of an int8 weight
 
@@ -32,7 +32,7 @@ class Linear(NamedTuple):
         if type(module) is Int8Linear:  # read past nn.Module's look-up, which for a text of 12 tokens is 3 % of the time
             held = module._buffers
             return cls(held["weight"], module._parameters["bias"], held["scale"])  # type: ignore[arg-type]
-        return cls(module.weight, module.bias)
+        return cls(module.rows() if type(module) is PackedLinear else module.weight, module.bias)
 
     def __call__(self, x: Tensor, quick_gelu: bool | None = None) -> Tensor:
         """x [..., in] -> [..., out]; ``quick_gelu``: the activation of an int8 one."""
@@ -58,6 +58,12 @@ class Layout(NamedTuple):
     causal: bool = False
     cu_seqlens: Tensor | None = None  # int32 [B + 1]: where each sequence starts, and T
     max_length: int | None = None
+
+    def rows(self, x: Tensor) -> Tensor:
+        """int32 [B]: which rows of x [B, L, C], or [T, C], are read."""
+        if self.cu_seqlens is not None:
+            return self.read
+        return torch.arange(x.shape[0] * x.shape[1], dtype=torch.int32, device=x.device).view(x.shape[:2])[self.read]
 
 
 class Stream(NamedTuple):
@@ -259,7 +265,8 @@ class ResidualAttentionBlock(nn.Module):
     def forward(self, x: Any) -> Any:
         """x [L, B, C] -> the same; or a stream -> a stream, of a block that is ``fusable``."""
         if type(x) is Stream:
-            return block(x, self.parts())
+            out = together(x, [self]) if type(self._modules["attn"]) in LINEARS else None
+            return block(x, self.parts()) if out is None else out
         if type(x) is Tensor and x.ndim == 3 and whole_inside(self):
             return block(Stream(x.transpose(0, 1), None, Layout(causal=self.causal)), self.parts()).settled().transpose(0, 1)
         y = self.attention(self.ln_1(x))
@@ -273,10 +280,10 @@ class ResidualAttentionBlock(nn.Module):
         mlp: Any = own["mlp"]
         kind = type(mlp.gelu)
         exact = kind is nn.GELU and mlp.gelu.approximate == "none"
-        int8 = type(attn) is Int8Attention
+        frozen = type(attn) in LINEARS
         return Parts(
             attn.num_heads, Norm.of(self.ln_1),
-            (Linear.of(attn.in_proj) if int8 else Linear(attn.in_proj_weight, attn.in_proj_bias),), Linear.of(attn.out_proj),
+            (Linear.of(attn.in_proj) if frozen else Linear(attn.in_proj_weight, attn.in_proj_bias),), Linear.of(attn.out_proj),
             Norm.of(self.ln_2), Linear.of(mlp.c_fc), kind is QuickGELU if exact or kind is QuickGELU else mlp.gelu,
             Linear.of(mlp.c_proj), None if self.ls_1 is None or self.ls_2 is None else (self.ls_1.gamma, self.ls_2.gamma),
             self.products,
@@ -314,10 +321,10 @@ def whole_inside(block: Any) -> bool:
     layers, inner = mlp.__dict__["_modules"], attn.__dict__["_modules"]
     if [*layers] != ["c_fc", "gelu", "c_proj"] or not untouched(*inner.values(), *layers.values()):
         return False
-    int8 = type(attn) is Int8Attention
+    held = LINEARS.get(type(attn), nn.Linear)
     return (
-        (int8 or _plain_attention(attn))
-        and type(layers["c_fc"]) is type(layers["c_proj"]) is (Int8Linear if int8 else nn.Linear)
+        (held is not nn.Linear or _plain_attention(attn))
+        and type(layers["c_fc"]) is type(layers["c_proj"]) is held
         and type(modules["ln_1"]) is type(modules["ln_2"]) is LayerNorm
         and type(layers["gelu"]) in ACTIVATIONS_KNOWN
         and {type(block.ls_1), type(block.ls_2)} in ({LayerScale}, {type(None)})
@@ -339,6 +346,43 @@ ACTIVATIONS_KNOWN = {QuickGELU, nn.GELU, nn.SiLU, nn.ReLU, nn.Identity}
 def fusable(block: nn.Module) -> bool:
     """Whether a block takes a ``Stream``: it is exactly ours, nobody looks at it, and its parts are untouched."""
     return whole(block, ResidualAttentionBlock) and whole_inside(block)
+
+
+def _in_one_call(parts: Parts) -> bool:
+    """Whether ``encoded`` takes a block of these."""
+    biases = [linear.bias for linear in (*parts.qkv, parts.out, parts.fc, parts.proj)]
+    plain = (
+        parts.scales is None
+        and parts.products is None
+        and isinstance(parts.activation, bool)
+        and parts.ln_1.eps == parts.ln_2.eps
+    )
+    return plain and None not in biases and len(parts.ln_1.weight) // parts.heads % 16 == 0
+
+
+def _all_together(stream: Stream, blocks: Any) -> Stream | None:
+    """A stream through all blocks in one call, of which the last works for what is read alone; None where that cannot be."""
+    layout = stream.layout
+    packed = layout.cu_seqlens is not None  # whose maker has asked all blocks
+    if not len(blocks) or (layout.causal and not packed):
+        return None
+    for block in blocks:
+        own = block.__dict__
+        if type(own["_modules"].get("attn")) not in LINEARS or not (
+            packed or (fusable(block) and block.causal is layout.causal)
+        ):
+            return None
+    return together(Stream(stream.s, stream.update, layout, True), blocks)
+
+
+def together(stream: Stream, blocks: Sequence[Any]) -> Stream | None:
+    """A stream through frozen blocks that are fusable, in one call; None where these are not of a kind that goes so."""
+    frozen = Frozen(blocks, QuickGELU)
+    if not frozen.fits:
+        return None
+    x, layout = stream.settled(), stream.layout
+    read = layout.rows(x) if stream.read else None
+    return Stream(frozen(x, layout.causal, layout.cu_seqlens, read), None, layout, stream.read)
 
 
 class Transformer(nn.Module):
@@ -376,6 +420,8 @@ class Transformer(nn.Module):
         """
         blocks = self.resblocks if blocks is None else blocks
         last, given = len(blocks) - 1, x.layout if isinstance(x, Stream) else Layout()
+        if read and kept is None and type(x) is Stream and (found := _all_together(x, blocks)) is not None:
+            return found
         for i, block in enumerate(blocks):
             packed = isinstance(x, Stream) and x.layout.cu_seqlens is not None  # whose maker has asked all blocks
             if packed or (isinstance(x, Tensor | Stream) and fusable(block)):
@@ -401,20 +447,20 @@ class Transformer(nn.Module):
     def __prepare_scriptable__(self) -> nn.Module:
         return scripted.Transformer(self)
 
-    def pack_weights(self, dtype: torch.dtype = torch.float32) -> None:
-        """See ``CLIP.for_inference``; weights of fp32, to be kept in that dtype."""
+    def pack_in_bf16(self) -> None:
+        """See ``CLIP.for_inference``."""
         last = len(self.resblocks) - 1
         for i, block in enumerate(self.resblocks):
             homes: list[Any] = [(block.attn.out_proj, "weight"), (block.mlp.c_fc, "weight"), (block.mlp.c_proj, "weight")]
             if i != last:  # which reads its projection in parts
                 homes.append((block.attn, "in_proj_weight"))
             for home, name in homes:
-                weight = onednn.packed(getattr(home, name).to(dtype))
+                weight = onednn.packed(getattr(home, name).to(torch.bfloat16))
                 setattr(home, name, nn.Parameter(weight, requires_grad=False))
 
-    def rounded(self) -> list[ResidualAttentionBlock]:
-        """The blocks whose weights ``CLIP.for_inference(int8=True)`` rounds: those that nobody has touched."""
-        return [block for block in self.resblocks if fusable(block)]
+    def freezable(self, int8: bool) -> list[ResidualAttentionBlock]:
+        """The blocks whose weights ``CLIP.for_inference`` rounds, or lays out: those that nobody has touched."""
+        return [block for block in self.resblocks if fusable(block) and (int8 or _in_one_call(block.parts()))]
 
 
 know(Transformer)

@@ -39,8 +39,9 @@ def export(model: CLIP, out: str | Path, layout: str = "safetensors") -> Path:
     target = Path(out)
     if target.exists():
         raise FileExistsError(f"expected nothing at {target} yet, but it exists; choose another place")
-    if model.int8:
-        raise ValueError(f"{layout}: expected a model of fp32 weights, got int8 ones; export the model that they come from")
+    if model.frozen:
+        got = f"got {model.frozen} ones; export the model that they come from"
+        raise ValueError(f"{layout}: expected a model of fp32 weights, {got}")
     if None in (model.visual, model.transformer) and layout != "safetensors":
         raise ValueError(f"{layout} gets both towers, and this model has one tower alone: export to safetensors")
     if model.objective in ("words", "caption") and layout != "safetensors":

@@ -99,7 +99,7 @@ def reference(
     if cu_seqlens is not None:
         ends = cu_seqlens.tolist()
         parts = [reference(qkv[a:b], heads, causal) for a, b in zip(ends[:-1], ends[1:], strict=True)]
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else qkv[:, : qkv.shape[1] // 3]
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).movedim(-3, 0).transpose(-3, -2)  # each [..., H, L, K]
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     if causal:

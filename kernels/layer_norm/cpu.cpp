@@ -1,6 +1,6 @@
 // Layer norm on the CPU, fp32: a row goes through the cache once, with the residual addition before it. Eager makes a pass of
 // its own for the addition, and one more in backward for the gradient that joins from the residual stream.
-#include "vec.h"
+#include "rows.h"
 
 #include <algorithm>
 #include <cmath>
@@ -11,41 +11,6 @@ namespace {
 
 constexpr int64_t kRows = 16;  // rows of one task: 16 × 768 floats of four tensors are 200 KB, within L2
 constexpr int64_t kGroups = 64;  // at most, of rows with a partial sum of their own: 64 × 2 × 768 floats are 400 KB
-
-// x, residual (may be null), y, s (null where residual is): [rows, C]; weight, bias: [C]; mean, rstd: [rows]
-CLIPFAST_INLINE void forward_of(
-    const float* x, const float* residual, const float* weight, const float* bias, float* y, float* s, float* mean, float* rstd,
-    int64_t rows, int64_t C, float eps) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* t = x + r * C;
-    float sum = 0.0f;
-    if (residual) {
-      const float* add = residual + r * C;
-      float* out = s + r * C;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t c = 0; c < C; ++c) {
-        const float v = t[c] + add[c];
-        out[c] = v;
-        sum += v;
-      }
-      t = out;
-    } else {
-#pragma omp simd reduction(+ : sum)
-      for (int64_t c = 0; c < C; ++c) sum += t[c];
-    }
-    const float m = sum / static_cast<float>(C);
-    float square = 0.0f;  // of the deviations: x² - mean² would cancel far from zero
-#pragma omp simd reduction(+ : square)
-    for (int64_t c = 0; c < C; ++c) square += (t[c] - m) * (t[c] - m);
-    const float scale = 1.0f / std::sqrt(square / static_cast<float>(C) + eps);
-    float* out = y + r * C;
-#pragma omp simd
-    for (int64_t c = 0; c < C; ++c) out[c] = (t[c] - m) * scale * weight[c] + bias[c];
-    mean[r] = m;
-    rstd[r] = scale;
-  }
-}
-constexpr auto forward_rows = kernel<forward_of>;
 
 // dy, ds (may be null), s, dx: [rows, C]; dweight, dbias: [C], added to
 CLIPFAST_INLINE void backward_of(
@@ -88,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   float *yp = mutable_floats(y), *sp = mutable_floats(s), *mp = mutable_floats(mean), *dp = mutable_floats(rstd);
   torch::stable::parallel_for(0, rows, kRows, [&](int64_t begin, int64_t end) {
     const int64_t at = begin * C;
-    forward_rows(
+    norm::forward_rows(
         xp + at, rp ? rp + at : nullptr, wp, bp, yp + at, rp ? sp + at : nullptr, mp + begin, dp + begin, end - begin, C,
         static_cast<float>(eps));
   });

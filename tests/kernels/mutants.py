@@ -420,14 +420,45 @@ COMPILED: dict[str, list[tuple[str, ...]]] = {
         ("column > 0, loss + row", "false, loss + row"),
         ("(l < 0.0f ? e : 1.0f) * reciprocal", "(l > 0.0f ? e : 1.0f) * reciprocal"),
     ],
-    "int8_linear/cpu.cpp": [
-        ("Set::kOffset ? 128 * totals[i] : 0", "Set::kOffset ? 127 * totals[i] : 0"),
+    "int8_linear/strip.h": [
+        ("Set::kOffset ? 128 * x.totals[i] : 0", "Set::kOffset ? 127 * x.totals[i] : 0"),
         ("magnitude / 127.0f :", "magnitude / 128.0f :"),
-        ("return x > 0 ? x - half : half;", "return x - half;"),
-        ("(call.bias ? call.bias[j + c] : 0.0f)", "(call.bias ? call.bias[c] : 0.0f)"),
-        ("strip_of<Set>()(q + r * depth,", "strip_of<Set>()(q,"),
-        ("const int64_t r = t / strips * R,", "const int64_t r = 0 * R,"),
         ("static_cast<int32_t>(__builtin_rintf(x[c] * factor))", "static_cast<int32_t>(x[c] * factor)"),
+        ("m = ceil_div(rows, tiles);", "m = rows / tiles;"),
+    ],
+    "int8_linear/cpu.cpp": [
+        ("strip_of<Set>()(q, w, out, r, std::min(R, M - r)", "strip_of<Set>()(q, w, out, 0, std::min(R, M - r)"),
+        ("const int64_t r = t / strips * R,", "const int64_t r = 0 * R,"),
+    ],
+    "output.h": [
+        ("return x > 0 ? x - half : half;", "return x - half;"),
+        ("bias = out.bias ? out.bias + j : nullptr", "bias = out.bias"),
+        ("out.add ? y[c] + v : v", "v"),
+    ],
+    "encoder/cpu.cpp": [
+        ("add ? at<w>(to) + s[i][l] : s[i][l]", "s[i][l]"),
+        ("m = ceil_div(rows - i, tiles - t);  // even shares", "m = (rows - i) / (tiles - t);"),
+        ("std::min(R, M - r), s * kStrip", "R, s * kStrip"),
+        ("const int64_t r = t / parts * R, part = t % parts;", "const int64_t r = 0, part = t % parts;"),
+        ("work.causal, 1.0f /", "false, 1.0f /"),
+        ("s + work.read[i] * C, C, work.y", "s + i * C, C, work.y"),
+        ("normalised(block.ln_2_weight, block.ln_2_bias)", "normalised(block.ln_1_weight, block.ln_1_bias)"),
+        ("taken(work.wide, F);", ""),
+        ("taken(x, C);", ""),
+        ("quick_gelu ? Activation::quick", "!quick_gelu ? Activation::quick"),
+    ],
+    "crew.h": [
+        ("stage.done.load(std::memory_order_acquire) < tasks", "stage.done.load(std::memory_order_acquire) < tasks - 1"),
+    ],
+    "attention/head.h": [
+        ("lane >= static_cast<int32_t>(key - first)", "lane > static_cast<int32_t>(key - first)"),
+        ("if (causal && j > first + l) hide_later<w>(s, j, first + l);", ""),
+        ("maxima[i] + std::log(sums[i])", "maxima[i]"),
+        ("i + l < count ? from + (i + l) * stride + c : zeros", "from + (i + l) * stride + c", "lanes that nobody reads"),
+    ],
+    "layer_norm/rows.h": [
+        ("const float v = t[c] + add[c];", "const float v = t[c];"),
+        ("/ static_cast<float>(C) + eps)", "/ static_cast<float>(C))"),
     ],
     "mlp/cpu.cpp": [
         ("exp_fp32(-1.702f * x)", "exp_fp32(-1.7f * x)"),
@@ -436,8 +467,6 @@ COMPILED: dict[str, list[tuple[str, ...]]] = {
         ("hp + r * F, bp, dhp + r * F", "hp, bp, dhp + r * F"),
     ],
     "layer_norm/cpu.cpp": [
-        ("const float v = t[c] + add[c];", "const float v = t[c];"),
-        ("/ static_cast<float>(C) + eps)", "/ static_cast<float>(C))"),
         ("dbias[c] += g[c];", "dbias[c] += d;"),
         (" * scale + add[c];", " * scale;"),
         ("db[c] += parts[2 * group * C + C + c];", "db[c] += parts[2 * group * C + c];"),
@@ -479,12 +508,8 @@ COMPILED: dict[str, list[tuple[str, ...]]] = {
         ("turned ? c * ld + r : r * ld + c", "r * ld + c"),
     ],
     "attention/cpu.cpp": [
-        ("lane >= static_cast<int32_t>(key - first)", "lane > static_cast<int32_t>(key - first)"),
-        ("if (causal && j > first + l) hide_later<w>(s, j, first + l);", ""),
         ("const bool add = first + kBlock < s.L;", "const bool add = false;"),
-        ("maxima[i] + std::log(sums[i])", "maxima[i]"),
         ("(at<w>(d) - dot)", "at<w>(d)"),
-        ("i + l < count ? from + (i + l) * stride + c : zeros", "from + (i + l) * stride + c", "lanes that nobody reads"),
         (
             "length(int64_t b) const { return ends ? ends[b + 1] - ends[b]",
             "length(int64_t b) const { return ends ? ends[1] - ends[0]",

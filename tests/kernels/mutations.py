@@ -26,7 +26,12 @@ from tests.kernels.mutants import COMPILED, TRITON
 ROOT = Path(__file__).parents[2]
 BUILT = ROOT / "build" / "cmake"
 LOSSES = ("contrastive", "pairwise_sigmoid")
-SHARED = {"device.cuh": ("layer_norm",), "hopper.cuh": ("attention",)}  # files of several ops, others the losses'
+SHARED = {  # files of several ops, others the losses'
+    "device.cuh": ("layer_norm",),
+    "hopper.cuh": ("attention",),
+    "output.h": ("int8_linear", "encoder"),
+    "crew.h": ("encoder",),
+}
 SECONDS = 600.0  # a kernel that hangs is found out, too
 
 
@@ -117,8 +122,8 @@ def survives_compiled(mutation: Mutation) -> bool:
         shutil.copy(ROOT / "pyproject.toml", tree)
         (tree / "clipfast" / "kernels").symlink_to(tree / "kernels")  # found before the installed one
         (tree / "kernels" / mutation.file).write_text(mutation.applied(), encoding="utf-8")
-        if mutation.file.endswith("cpu.cpp"):
-            _build(tree, mutation.file)
+        if mutation.file.endswith((".cpp", ".h")):
+            _build(tree, [f"kernels/{op}/cpu.cpp" for op in mutation.ops])
             rows = " or ".join(f"{op}-cpu" for op in mutation.ops)
             losses = ["tests/loss/test_loss.py"] if mutation.ops[0] in LOSSES else []
             tests = ["tests/kernels/test_kernels.py", *losses, "-k", f"{rows} or (test_loss and cpu)"]
@@ -132,14 +137,14 @@ def survives_compiled(mutation: Mutation) -> bool:
             return False
 
 
-def _build(tree: Path, file: str) -> None:
-    """The mutated object and the library, by the commands of the last build."""
+def _build(tree: Path, sources: list[str]) -> None:
+    """The mutated objects and the library, by the commands of the last build."""
     shutil.copytree(BUILT, tree / "build")
     tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # as setup.py finds it
     asked = [shutil.which("ninja", path=tools) or "ninja", "-C", str(BUILT), "-t", "commands", "_C_cpu.so"]
     commands = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.splitlines()
     for command in commands:
-        if f"kernels/{file}" in command or " -shared " in command:
+        if any(source in command for source in sources) or " -shared " in command:
             here = command.replace(str(BUILT), str(tree / "build")).replace(f"{ROOT}/kernels", f"{tree}/kernels")
             subprocess.run(here, shell=True, check=True, cwd=tree / "build", capture_output=True)
     shutil.copy(tree / "build" / "_C_cpu.so", tree / "clipfast")

@@ -96,6 +96,8 @@ def _sent(value: Any) -> bytes:
         return struct.pack("<qd", 3, value)
     if isinstance(value, int):
         return struct.pack("<qq", 2, value)
+    if isinstance(value, list):
+        return struct.pack("<qq", 4, len(value)) + b"".join(map(_sent, value))
     told = [1, TYPES.index(value.dtype), value.ndim, *value.shape, *value.stride()]
     memory = value.detach().as_strided((_extent(value.shape, value.stride()),), (1,))
     return struct.pack(f"<{len(told)}q", *told) + memory.numpy().tobytes()

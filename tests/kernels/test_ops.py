@@ -193,10 +193,10 @@ def test_layer_norm_of_which_only_the_sum_is_used() -> None:
 
 def test_every_op_has_its_backends() -> None:
     """A backend that is absent has no rows in test_kernels; here it shows when one is."""
-    assert set(kernels.OPS) == {"attention", "batch_norm", "bmm", "contrastive", "convolution", "fused_mlp", "int8_linear",
-                                "layer_norm", "linear", "mlp", "pairwise_sigmoid", "pooling"}  # fmt: skip
+    assert set(kernels.OPS) == {"attention", "batch_norm", "bmm", "contrastive", "convolution", "encoder", "fused_mlp",
+                                "int8_linear", "layer_norm", "linear", "mlp", "pairwise_sigmoid", "pooling"}  # fmt: skip
     # On a GPU without a kernel of ours in Triton.
-    vendors = {"batch_norm", "bmm", "convolution", "int8_linear", "linear"}
+    vendors = {"batch_norm", "bmm", "convolution", "encoder", "int8_linear", "linear"}
     for name, op in kernels.OPS.items():
         triton = [] if name in vendors else ["triton"]
         for backend in (

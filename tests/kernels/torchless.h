@@ -50,6 +50,12 @@ struct Tensor {
   const Sizes& sizes() const { return shape; }
   void* data_ptr() const { return memory.get(); }
   int64_t item() const { return type == ScalarType::Char ? 1 : 4; }
+  bool is_contiguous() const {
+    int64_t step = 1;
+    bool same = true;
+    for (int64_t i = dim(); i-- > 0; step *= shape[i]) same = same && (steps[i] == step || shape[i] == 1);
+    return same || !numel();
+  }
   int64_t numel() const {
     int64_t count = 1;
     for (int64_t size : shape.held) count *= size;
@@ -106,9 +112,11 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   for (int64_t i = begin; i < end; i += piece) f(i, std::min(end, i + piece));
 }
 
+inline uint32_t get_num_threads() { return 3; }
+
 // ---- operators by name
 
-using Value = std::optional<std::variant<Tensor, int64_t, double>>;
+using Value = std::optional<std::variant<Tensor, int64_t, double, std::vector<Tensor>>>;
 using Operator = std::function<std::vector<Tensor>(const std::vector<Value>&)>;
 inline std::map<std::string, Operator>& operators() {
   static std::map<std::string, Operator> held;
@@ -182,7 +190,7 @@ std::vector<int64_t> numbers(int64_t count) {
 void write(const void* from, size_t bytes) { std::fwrite(from, 1, bytes, stdout); }
 void write(int64_t n) { write(&n, 8); }
 
-// 0: nothing; 1: a tensor: its type, dimensions, sizes, strides, memory; 2: an integer; 3: a double.
+// 0: nothing; 1: a tensor: its type, dimensions, sizes, strides, memory; 2: an integer; 3: a double; 4: tensors, after their number.
 Value value() {
   switch (number()) {
     case 0: return std::nullopt;
@@ -195,6 +203,11 @@ Value value() {
       return t;
     }
     case 2: return number();
+    case 4: {
+      std::vector<Tensor> all(number(), Tensor{nullptr, {}, {}});
+      for (Tensor& t : all) t = std::get<Tensor>(*value());
+      return all;
+    }
     default: {
       double d;
       read(&d, 8);

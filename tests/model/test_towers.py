@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor
 import bench.rivals  # noqa: F401 - first: a spawned process imports this file alone
 import clipfast
 from clipfast import kernels
-from clipfast.kernels import dispatch, processor
-from clipfast.kernels.linear import onednn
+from clipfast.kernels import dispatch
 from clipfast.model import CLIP, Packed, graphs
+from clipfast.model.frozen import PackedLinear
 from clipfast.train.job import Job, spread
 from tests.model.test_model import SMALL, TEXT, captions, relative, shake, small_batch
 
@@ -185,17 +185,12 @@ def test_a_convolution_that_a_user_put_in_its_place_runs_itself() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_weights_give_the_same_features(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_weights_give_the_same_features(family: str) -> None:
     model, (image, text) = small(family).eval(), small_batch(family)
-    if reason := onednn.lacks_packed(model.logit_scale):
-        pytest.skip(reason)
-    monkeypatch.setattr(onednn, "LACKS", "F.linear is as fast here")  # without packing
     packed = model.for_inference(packed=True)
-    blocks = [b for t in packed._transformers() for b in t.resblocks]
-    assert all(
-        b.mlp.c_fc.weight.is_mkldnn and b.mlp.c_proj.weight.is_mkldnn and b.attn.out_proj.weight.is_mkldnn for b in blocks
-    )
-    assert sum(b.attn.in_proj_weight.is_mkldnn for b in blocks) == len(blocks) - len(packed._transformers())
+    towers = packed._transformers()
+    assert towers and all(type(b.mlp.c_fc) is PackedLinear for t in towers for b in t.resblocks)
+    assert {p.data_ptr() for p in packed.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters())
     for B in (6, 1, 0):
         assert packed.encode_image(image[:B]).shape == (B, 32)
         for ours, plain in zip(packed(image[:B], text), model(image[:B], text), strict=True):
@@ -204,14 +199,37 @@ def test_packed_weights_give_the_same_features(family: str, monkeypatch: pytest.
     assert relative(got["text_intermediates"][-1], expected["text_intermediates"][-1].detach()) < 1e-5
     with torch.autocast("cpu", torch.bfloat16):  # changes nothing in the blocks
         assert relative(packed.encode_text(text), model.encode_text(text).detach()) < 0.05
-    assert not model.transformer.resblocks[0].mlp.c_fc.weight.is_mkldnn
+    assert relative(copy.deepcopy(packed).encode_text(text), model.encode_text(text).detach()) < 1e-5
+
+
+def test_packed_weights_that_somebody_looks_at() -> None:
+    """A hook inside a block, a module that is replaced: it runs as itself, and the others as they were."""
+    model, (image, text) = small("vit").eval(), small_batch("vit")
+    packed, seen = model.for_inference(packed=True), []
+    for tower, encode, given in ((packed.visual, "encode_image", image), (packed, "encode_text", text)):
+        expected = getattr(model, encode)(given).detach()
+        hook = tower.transformer.resblocks[0].mlp.c_fc.register_forward_hook(lambda *_: seen.append(1))
+        assert relative(getattr(packed, encode)(given), expected) < 1e-5
+        hook.remove()
+        tower.transformer.resblocks[1].mlp.gelu = nn.ReLU()
+        assert relative(getattr(packed, encode)(given), expected) > 1e-4
+    assert len(seen) == 2
+
+
+def test_weights_that_are_not_packed() -> None:
+    model, (_, text) = small("vit").eval(), small_batch("vit")
     with pytest.warns(UserWarning, match="not packed: expected float32 on the CPU, got torch.bfloat16 on cpu"):
-        assert not copy.deepcopy(model).bfloat16().for_inference(packed=True).transformer.resblocks[0].mlp.c_fc.weight.is_mkldnn
+        assert type(copy.deepcopy(model).bfloat16().for_inference(packed=True).transformer.resblocks[0].mlp.c_fc) is nn.Linear
     with dispatch.use("torch"), pytest.warns(UserWarning, match="not packed: torch is forced"):
-        model.for_inference(packed=True).encode_text(text)
-    monkeypatch.setattr(processor, "NAME", "neon")
-    with pytest.warns(UserWarning, match="not packed: expected a processor with AVX-512 or AVX2, got neon"):
         assert torch.equal(model.for_inference(packed=True).encode_text(text), model.encode_text(text))
+    packed = model.for_inference(packed=True)
+    with pytest.warns(UserWarning, match="not packed: expected float32 on the CPU, got packed on cpu"):
+        again = packed.for_inference(packed=True)
+    assert torch.equal(again.encode_text(text), packed.encode_text(text))
+    with pytest.raises(ValueError, match="expected a float32 model on the CPU, got packed on cpu"):
+        packed.for_inference(int8=True)
+    with dispatch.use("torch"):  # its weights are read all the same
+        assert relative(packed.encode_text(text), model.encode_text(text).detach()) < 1e-5
 
 
 # precision

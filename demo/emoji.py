@@ -429,11 +429,13 @@ def flatten(rgba: Tensor, resolution: int) -> Tensor:
     return normalize(rgb if resolution == SIZE else adaptive_avg_pool2d(rgb, resolution))
 
 
-def augment(rgba: Tensor, resolution: int, generator: torch.Generator, *, geometry: float = 0.5, colour: float = 0.3) -> Tensor:
+def augment(
+    rgba: Tensor, resolution: int, generator: torch.Generator, *, geometry: float = 0.5, colour: float = 0.3, white: float = 0.5
+) -> Tensor:
     """Drawings varied, for training: uint8 [B, 64, 64, 4] of a Drawings -> float32 [B, 3, R, R], normalised.
 
     geometry 1 means up to 25 % of zoom and stretch, 14 degrees of turn and 10 % of shift either way; colour 1 means
-    gains of up to 40 %. The background is white for half of the drawings and a random flat colour for the others.
+    gains of up to 40 %. The background is white for a share `white` of the drawings and a random flat colour for the others.
     Never mirrored: arrows and flags would lie.
     """
     batch = len(rgba)
@@ -450,7 +452,7 @@ def augment(rgba: Tensor, resolution: int, generator: torch.Generator, *, geomet
     planes = grid_sample(rgba.float().permute(0, 3, 1, 2), grid, align_corners=False)
     gain = 1 + colour * 0.4 * uniform(3, 1, 1) * torch.rand(batch, 1, 1, 1, generator=generator)
     background = torch.rand(batch, 3, 1, 1, generator=generator)
-    background[torch.rand(batch, generator=generator) < 0.5] = 1
+    background[torch.rand(batch, generator=generator) < white] = 1
     # normalize(gain * rgb / 255 + background * (1 - alpha / 255)) in two passes over the pixels, not six
     slope = 1 / (255 * torch.tensor(STD).view(1, 3, 1, 1))
     pixels = torch.addcmul(normalize(background), planes[:, :3], gain * slope)

@@ -104,7 +104,8 @@ def test_settings_grow_with_the_speed_and_depend_on_it_alone() -> None:
     assert chosen == [settings(own) for own in speeds]
     assert {*chosen} == {*CHOICES} and len({own.name for own in CHOICES}) == len(CHOICES)
     for slower, faster in zip(chosen, chosen[1:], strict=False):
-        assert slower.blocks <= faster.blocks and slower.small >= faster.small and slower.least <= faster.least
+        assert slower.least <= faster.least and slower.blocks <= faster.blocks
+        assert slower.small >= faster.small
     for own, found in zip(speeds, chosen, strict=True):
         assert found.least <= own and not any(found.least < other.least <= own for other in CHOICES)
         assert 0 <= found.small < 1, "a model that is asked at 48 pixels must have learned at 48 pixels"

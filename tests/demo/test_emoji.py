@@ -216,6 +216,9 @@ def test_augment_without_jitter_is_flatten(root: Path):
     torch.testing.assert_close(grounds, grounds[:, :, :1].expand_as(grounds))  # one flat colour a drawing
     white = (still - flat).abs().amax((1, 2, 3)) < 1e-4
     assert 0.3 < white.float().mean() < 0.7
+    for share in (0, 1):
+        grounds = emoji.augment(rgba, 64, torch.Generator().manual_seed(0), geometry=0, colour=0, white=share)[:, :, :16]
+        assert ((grounds - flat[:, :, :16]).abs().amax((1, 2, 3)) < 1e-4).float().mean() == share
 
 
 def test_augment_moves_and_tints_within_bounds(root: Path):

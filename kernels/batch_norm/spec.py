@@ -73,15 +73,17 @@ def supports(*args: Any) -> None:
 
 def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, relu: bool):
     wide = torch.promote_types(x.dtype, torch.float32)  # wide gains make torch keep the statistics wide too
-    y, mean, rstd = torch.native_batch_norm(x, weight.to(wide), bias.to(wide), None, None, True, 0.0, eps)
+    weight, bias = weight.to(wide).contiguous(), bias.to(wide).contiguous()  # torch's kernels take any stride for 1
+    y, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
     y = y if residual is None else y.add_(residual)
     return torch.empty_like(x).copy_(y.relu_() if relu else y), mean, rstd
 
 
 def backward(dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor, eps: float, residual: bool):
     dy = dy if y is None else torch.where(y > 0, dy, 0)
+    wide = weight.to(mean.dtype).contiguous()
     dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-        dy, x, weight.to(mean.dtype), None, None, mean, rstd, True, eps, [True, True, True]
+        dy, x, wide, None, None, mean, rstd, True, eps, [True, True, True]
     )
     dresidual = torch.empty_like(x).copy_(dy) if residual else x.new_empty(0)
     return torch.empty_like(x).copy_(dx), dresidual, dweight.to(weight.dtype), dbias.to(weight.dtype)

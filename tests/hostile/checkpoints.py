@@ -1,8 +1,8 @@
 """Checkpoints of a training that were cut, damaged or tampered with: every one is the same load, or is refused in one line.
 
-`python -m tests.hostile.checkpoints [COUNT [SEED [EVERY]]]` tries so many drawn ones beside the named ones (or each EVERY-th),
-each under a time limit and a limit of memory, and exits with 1 where one is loaded as another, crashes, hangs, takes memory or
-runs anything.
+`python -m tests.hostile.checkpoints [COUNT [SEED [EVERY [FROM [SECONDS]]]]]` tries so many drawn ones beside the named ones (or
+each EVERY-th from FROM on), within the seconds, each under a time limit and a limit of memory, and exits with 1 where one is
+loaded as another, crashes, hangs, takes memory or runs anything.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 import pickle
 import random
@@ -18,6 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import zipfile
 import zlib
@@ -369,13 +371,14 @@ def make(out: Path) -> dict[str, Tensor]:
     return train(config(out), endless).model.state_dict()
 
 
-def attempts(count: int, seed: int, every: int, about: dict[str, Any]) -> Iterator[tuple[str, Mutation, bool]]:
-    yield from islice(named(about), seed % every, None, every)
+def attempts(count: int, seed: int, every: int, start: int, about: dict[str, Any]) -> Iterator[tuple[str, Mutation, bool]]:
+    yield from islice(named(about), start % every, None, every)
     yield from (drawn(seed + i) for i in range(count))
 
 
-def main(count: int = 200, seed: int = 0, every: int = 1) -> Counter[str]:
+def main(count: int = 200, seed: int = 0, every: int = 1, start: int = 0, seconds: float = math.inf) -> Counter[str]:
     """Try them; what is wrong is printed. Counts of outcomes."""
+    end, cut = time.monotonic() + seconds, ""
     logging.disable(logging.WARNING)
     signal.signal(signal.SIGALRM, ring)
     counts: Counter[str] = Counter()
@@ -387,7 +390,10 @@ def main(count: int = 200, seed: int = 0, every: int = 1) -> Counter[str]:
         if pages:
             resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
         about = json.loads(Path("whole/checkpoints/step_00000002/about.json").read_text())
-        for name, mutate, seal in attempts(count, seed, every, about):
+        for name, mutate, seal in attempts(count, seed, every, start, about):
+            if time.monotonic() > end:
+                cut = f"; cut short after {seconds / 60:.1f} minutes"
+                break
             for kind in ("load", "resume"):
                 run = Path("run")
                 shutil.copytree("whole", run)
@@ -410,11 +416,10 @@ def main(count: int = 200, seed: int = 0, every: int = 1) -> Counter[str]:
                     print(f"{kind}: {name}{' (sealed again)' if seal else ''}: {found}", flush=True)
                 shutil.rmtree(run)
         os.chdir("/")
-    print(
-        f"{counts.total()} damaged checkpoints: " + ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())), flush=True
-    )
+    told = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
+    print(f"{counts.total()} damaged checkpoints: {told}{cut}", flush=True)
     return counts
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main(*map(int, sys.argv[1:]))["WRONG"]))
+    sys.exit(bool(main(*map(int, sys.argv[1:5]), *map(float, sys.argv[5:]))["WRONG"]))

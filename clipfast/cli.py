@@ -25,7 +25,7 @@ from clipfast.evaluate import TEMPLATES, classify, embed, retrieval_source, zero
 from clipfast.evaluate.classifiers import classifier_source
 from clipfast.evaluate.command import Measure, SuiteOptions, by_head, measure, suite_of
 from clipfast.evaluate.datasets import tars_at
-from clipfast.files import output_folder, parsed, read_parsed, replacing
+from clipfast.files import output_folder, parsed, read_parsed, replacing, shown
 from clipfast.info import info
 from clipfast.inputs import Preprocess, read_image
 from clipfast.model import CLIP
@@ -164,7 +164,7 @@ def run_eval(data: DataConfig, options: Eval, asked: Measure) -> None:
         if isinstance(value, list | dict | None):
             continue  # printed as a table, or for results.json alone
         form = "8.3g" if key == "penalty" else "8.2%" if isinstance(value, float) else "6"  # all others are shares
-        print(f"{key:20} {value:{form}}")
+        print(f"{shown(key):20} {value:{form}}")
     if options.out:
         with output_folder(options.out) as folder, replacing(folder / "results.json") as file:
             file.write(json.dumps({"task": options.task, "model": options.checkpoint or options.model, "data": data.data}
@@ -205,13 +205,13 @@ def run_classify(options: Classify) -> None:
         for probability, text in by_head(
             options.head, options.model, options.image, partial(_load_to_read, device=options.device)
         ):
-            print(f"{probability:7.2%}  {text}")
+            print(f"{probability:7.2%}  {shown(text)}")
         return
     image = read_image(options.image)
     model, preprocess = load(options.model, options.device or None)
     probabilities = classify(model, preprocess(image)[None], options.texts)[0].tolist()
     for probability, text in sorted(zip(probabilities, options.texts, strict=True), reverse=True):
-        print(f"{probability:7.2%}  {text}")
+        print(f"{probability:7.2%}  {shown(text)}")
 
 
 def run_embed(data: DataConfig, options: Embed) -> None:
@@ -271,7 +271,9 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 for a wrong kernel, 2 for what the user can put right (one line on stderr), 130 when interrupted."""
-    logging.basicConfig(format="clipfast: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("clipfast: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     parser, words = _parser(), [*map(str, sys.argv[1:] if arguments is None else arguments)]
     if words[:1] == ["eval"] and any(word.partition("=")[0] == "--suite" for word in words):
         words[0] = "suite"
@@ -369,6 +371,13 @@ def _name_or_sizes(text: str) -> str | dict[str, Any]:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+class _OneLine(logging.Formatter):
+    """What is logged names keys and files of a stranger: they begin no line of their own, and steer no terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return shown(super().formatMessage(record))
+
+
 def _lines(path: str) -> list[str]:
     return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()] if path else []
 
@@ -376,7 +385,7 @@ def _lines(path: str) -> list[str]:
 def _one_line(error: BaseException) -> str:
     """The message on one line, in which nothing steers the terminal; of a very long one (it may quote its input) both ends."""
     text = " ".join(str(error).split()) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
-    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    text = shown(text)
     return text if len(text) <= 600 else f"{text[:290]} [...] {text[-290:]}"
 
 

@@ -7,7 +7,10 @@ import functools
 import json
 import logging
 import os
+import re
+import shutil
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +30,7 @@ except ImportError:  # on Windows
 
 log = logging.getLogger(__name__)
 LOCK = ".clipfast.lock"
+ITSELF = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # opens no link, and waits at no pipe
 _held: set[int] = set()  # descriptors of this process's locks
 
 
@@ -57,8 +61,9 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     aside = Path(f"{path}.part")
     if Path(path).exists() and not Path(path).is_file():  # a device would be replaced by the file, /dev/null for everybody
         raise OSError(errno.EINVAL, f"expected the name of a file to write, got a folder or a device at {path}; choose another")
+    remove(aside)  # a link would be written through, a pipe waits for a reader
     try:
-        with open(aside, "wb") as file:
+        with open(aside, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -69,9 +74,16 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def remove(path: Path) -> None:
+    """A file, a folder and all that is in it, or a link, not what it leads to; what cannot be removed stays."""
+    with suppress(OSError):
+        path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path, ignore_errors=True)
+
+
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
     """The folder for this process alone; BlockingIOError tells who else has it. The lock ends with the process in any case.
+    ValueError: its file is none of ours.
 
     What a killed process leaves is a file that says who it was, and that the next one takes over.
     """
@@ -98,8 +110,16 @@ def _take(path: Path) -> int:
     if fcntl is None:
         raise OSError("this system has no flock")
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | ITSELF, 0o666)
+        except OSError as error:
+            if path.is_symlink() or path.is_dir():
+                raise ValueError(_not_ours(path)) from error
+            raise
+        try:
+            about = os.fstat(descriptor)
+            if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:  # who we are would be written into another file
+                raise ValueError(_not_ours(path))
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(path, descriptor):
                 break
@@ -111,7 +131,7 @@ def _take(path: Path) -> int:
                 f"expected {path.parent} for this process alone, got one that is in use by {told}; wait until it has ended, "
                 "or choose another folder"
             ) from error
-        except OSError:
+        except (OSError, ValueError):
             os.close(descriptor)
             raise
     _held.add(descriptor)
@@ -119,6 +139,10 @@ def _take(path: Path) -> int:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, _who().encode(errors="replace"), 0)
     return descriptor
+
+
+def _not_ours(path: Path) -> str:
+    return f"expected the lock's own file at {path}, got a link, a folder or a device; remove it, or choose another folder"
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
@@ -149,6 +173,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
 # ---- JSON and TOML that anybody may have written
 
+# A key of a hundred parts: a table in a table for each, for which the parser takes time and memory by the square.
+_LONG_KEY = re.compile(r"""(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){100}""")
 LARGEST = 64 << 20  # bytes of a configuration: as values it takes up to thirty times that
 
 
@@ -157,6 +183,8 @@ def parsed(text: str | bytes, where: object, kind: type = dict, form: str = "JSO
     expected = f"{where}: expected a {form} {'list' if kind is list else 'object' if form == 'JSON' else 'file'}"
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
+        if form == "TOML" and _LONG_KEY.search(text):
+            raise RecursionError
         value = json.loads(text) if form == "JSON" else tomllib.loads(text)
     except RecursionError:
         raise ValueError(f"{expected}, got one that is nested too deeply; mend it, or fetch it again") from None
@@ -169,10 +197,20 @@ def parsed(text: str | bytes, where: object, kind: type = dict, form: str = "JSO
 
 def read_parsed(path: str | Path, kind: type = dict, form: str = "JSON") -> Any:
     """`parsed` of a file; OSError where it cannot be read."""
+    if Path(path).is_fifo():  # it would wait for a writer
+        raise OSError(errno.EINVAL, f"expected a file, got a pipe at {path}")
     with open(path, "rb") as file:
         if len(text := file.read(LARGEST + 1)) > LARGEST:
             raise ValueError(f"{path}: expected {form} of at most {LARGEST >> 20} MB, got more; is it another file?")
     return parsed(text, path, kind, form)
+
+
+def shown(text: object) -> str:
+    """A text in which nothing steers the terminal: line breaks, escapes and what turns the direction are spelt out.
+
+    Not what joins an emoji of several.
+    """
+    return "".join(own if own.isprintable() or own == "\u200d" else ascii(own)[1:-1] for own in str(text))
 
 
 def first_line(error: BaseException) -> str:

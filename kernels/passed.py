@@ -23,6 +23,7 @@ import torch
 from clipfast.kernels import processor
 
 ROOT = Path(__file__).resolve().parent  # behind a link, where the folder is one
+_LARGEST = 1 << 24  # bytes of the cache; a kernel takes 300
 _SOURCES = {"cuda": "cuda.cu", "cpu": "cpu.cpp", "torch": "spec.py"}
 # What a file takes from others of ours.
 _INCLUDE = re.compile(r'^#include "(.+)"', re.MULTILINE)
@@ -115,12 +116,19 @@ def key(op: str, backend: str, device: str | torch.device) -> str:
 
 
 def kept() -> dict[str, Any]:
-    """What ``clipfast check`` kept here, by ``key``; nothing where the file is not there or not ours."""
+    """What ``clipfast check`` kept here, by ``key``; nothing where there is no file, and of one nothing that is not ours."""
     try:
-        found = json.loads(cache_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        path = cache_file()
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and path.stat().st_size < _LARGEST else None
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return {key: own for key, own in found.items() if _is_result(own)} if isinstance(found, dict) else {}
+
+
+def _is_result(value: Any) -> bool:
+    kinds = {"cases": (int,), "ms": (int, float), "speedup": (int, float), "size": (str,)}
+    typed = isinstance(value, dict) and value.keys() == kinds.keys() and all(type(value[k]) in kinds[k] for k in kinds)
+    return typed and not value["ms"] <= 0  # NaN: it was not timed
 
 
 def keep(results: dict[str, Any]) -> None:

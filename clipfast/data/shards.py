@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import lzma
+import math
 import random
 import re
 import tarfile
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 # What an address out of a file may be: neither a command nor one of fsspec's protocols that run programs or read other files.
 REMOTE = ("file", "http", "https", "s3", "s3a", "gs", "gcs", "hf", "az", "abfs", "abfss", "oss", "hdfs", "webhdfs")
 TEXT = 4 << 20  # bytes of a sample's caption, metadata or class: parsed they take up to thirty times as much
-MOST = 10_000_000  # shards that braces may stand for
+MOST = 2_000_000  # shards that braces may stand for
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # key and field: a file's name is cut at its first dot
 
 
@@ -47,7 +48,8 @@ class Shards:
     image_field, caption_field: other names of these fields, as `input.jpg` of `<key>.input.jpg`; several are joined by `;`.
     caption_key: where in the metadata the caption is, if it has no field.
     label_field: field of a NumPy array of labels, as clip_benchmark's npy of images with several; it becomes meta["labels"].
-    max_member, max_unpacked: MB of a file in a shard, and of all that a compressed shard unpacks to: more is refused.
+    max_member, max_unpacked: MB of a file in a shard, and of all those of a sample; of all that a compressed shard unpacks to.
+        More is refused.
 
     A shard that breaks off gives what it has, then a sample with the error. A file that comes twice within a sample begins
     another one, as in open_clip; it is told, and where it has no image it has the error.
@@ -92,7 +94,7 @@ class Shards:
     def _read(self, url: str) -> Iterator[Sample]:
         try:
             with closing(_open_url(url)) as stream:  # closing a pipe reports the exit status of its command
-                for key, fields, twice in _grouped(_members(stream, *self.limits)):
+                for key, fields, twice in _grouped(_members(stream, *self.limits), self.limits[0]):
                     yield self._sample(url, key, fields, twice)
         except ImportError:  # fsspec names the package that this kind of URL needs
             raise
@@ -152,11 +154,15 @@ def check_address(url: str) -> None:
         raise ValueError(f"{told}, got {url[:200]!r}; a command (pipe:) and other addresses are typed in the command line")
 
 
+def _choices(braces: str) -> int:
+    if span := re.match(r"(-?\d{1,18})\.\.(-?\d{1,18})(\.|$)", braces):
+        return abs(int(span[2]) - int(span[1])) + 1
+    return braces.count(",") + 1
+
+
 def _expanded(urls: str) -> list[str]:
     """What braces stand for, counted before they are spelt out."""
-    count = 1
-    for first, last in re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})[.}]", urls):
-        count *= abs(int(last) - int(first)) + 1
+    count = sum(math.prod(map(_choices, re.findall(r"\{([^{}]*)\}", part))) for part in urls.split("::"))
     if count > MOST:
         raise ValueError(f"expected braces that stand for at most {MOST:,} shards, got {count:,}: {urls[:200]}")
     try:
@@ -249,9 +255,12 @@ def _members(stream: IO[bytes], max_member: int, max_unpacked: int) -> Iterator[
             tar.members = []  # type: ignore[attr-defined]  # it would keep the description of every file
 
 
-def _grouped(members: Iterator[tuple[str, bytes]]) -> Iterator[tuple[str, dict[str, bytes], str]]:
-    """(key, field -> bytes, the file that came a second time and so began it) of neighbours with the same key."""
-    key, fields, twice = "", dict[str, bytes](), ""
+def _grouped(members: Iterator[tuple[str, bytes]], most: int) -> Iterator[tuple[str, dict[str, bytes], str]]:
+    """(key, field -> bytes, the file that came a second time and so began it) of neighbours with the same key.
+
+    most: bytes of a sample's files together, each of which counts a kilobyte more: of zeros a small shard holds any number.
+    """
+    key, fields, twice, held = "", dict[str, bytes](), "", 0
     for name, data in members:
         if not (match := MEMBER.fullmatch(name)):
             continue
@@ -259,7 +268,10 @@ def _grouped(members: Iterator[tuple[str, bytes]]) -> Iterator[tuple[str, dict[s
         if prefix != key or field in fields:
             if fields:
                 yield key, fields, twice
-            key, fields, twice = prefix, {}, name if prefix == key else ""
+            key, fields, twice, held = prefix, {}, name if prefix == key else "", 0
+        held += len(data) + 1024
+        if held > most + 1024 * 100:
+            raise _TooLarge(f"expected files of at most {most >> 20} MB in a sample, got more with {name}; raise max_member")
         fields[field] = data
     if fields:
         yield key, fields, twice

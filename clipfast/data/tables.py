@@ -14,6 +14,8 @@ from clipfast.files import first_line
 
 TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".parquet")
 SEPARATORS = {".tsv": "\t", ".txt": "\t"}  # elsewhere a comma, unless the first line says otherwise
+FEW, DENSE = 100_000, 8  # rows of a Parquet table that need not be held against its size; rows a byte that no real one has
+LINE = 1 << 26  # characters
 _END = "\uffffend of the table"  # a line behind the last: where it is swallowed, a quotation mark was not closed
 
 
@@ -29,6 +31,8 @@ def read_table(
     unquoted separator), for what is no UTF-8; a row without an image path is a sample with an error.
     """
     folder, path = Path(images or Path(path).parent), Path(path)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(f"{path}: expected a table, got a folder, a pipe or a device; name another")
     if not folder.is_dir():
         raise NotADirectoryError(f"expected the folder of the table's images at {folder}; give `images`")
     columns, rows = _table(path, [image_column, caption_column], separator)
@@ -65,21 +69,36 @@ def _parquet(path: Path, wanted: list[str]) -> tuple[Sequence[str], list[tuple[i
     path.open("rb").close()  # if it may not be read, Python's own error says so
     try:
         columns = parquet.read_schema(path).names
-        rows = parquet.read_table(path, columns=[name for name in wanted if name in columns]).to_pylist()
+        asked = [name for name in wanted if name in columns]
+        file = parquet.ParquetFile(path, read_dictionary=asked)  # a text that comes again is kept once
+        count = file.metadata.num_rows
+        if count > max(FEW, DENSE * path.stat().st_size):
+            raise ValueError(f"got {count:,} rows in {path.stat().st_size:,} bytes")
+        held = [_values(column) for column in file.read(asked).columns]
+        rows = [dict(zip(asked, row, strict=True)) for row in zip(*held, strict=True)]
     except Exception as error:  # what Arrow raises on a damaged file is of many kinds
         raise ValueError(f"{path}: expected a Parquet table: {first_line(error)}; write or fetch it again") from error
     return columns, list(enumerate(rows, 1))
 
 
+def _values(column: Any) -> Iterator[Any]:
+    for chunk in column.chunks:
+        if hasattr(chunk, "dictionary"):
+            words = chunk.dictionary.to_pylist()
+            yield from (None if place is None else words[place] for place in chunk.indices.to_pylist())
+        else:
+            yield from chunk.to_pylist()
+
+
 def _jsonl(path: Path, file: IO[str], wanted: list[str]) -> tuple[Sequence[str], list[tuple[int, dict[str, Any]]]]:
     line, found = 0, []
     try:
-        for line, text in enumerate(file, 1):
+        for line, text in enumerate(_lines(file), 1):
             if text.strip():
                 found.append((line, dict.fromkeys(wanted) | dict(json.loads(text))))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}, after line {line}: expected rows of UTF-8, got {error}; mend or remove it") from error
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path}, line {line}: expected a JSON object, got {error}; mend or remove it") from error
     named = {name: None for _, row in found for name, value in row.items() if value is not None}
     return list(named) if found else wanted, found
@@ -90,9 +109,10 @@ def _separated(
 ) -> tuple[Sequence[str], list[tuple[int, dict[str, Any]]]]:
     line, found, names = 0, list[tuple[int, dict[str, Any]]](), list[str]()
     try:
-        first = file.readline()
+        whole, recent = _lines(file), list[str]()
+        first = next(whole, "")
         separator = _separator(path, first, wanted, separator)
-        lines, recent = chain([first] if first else [], file, [_END]), list[str]()
+        lines = chain([first] if first else [], whole, [_END])
         for row in csv.reader(_noted(lines, recent), delimiter=separator):
             start, line = line + 1, line + len(recent)
             if row and row[-1].endswith(_END):
@@ -119,6 +139,14 @@ def _separated(
     except csv.Error as error:
         raise ValueError(f"{path}, line {line + 1}: expected a row, got {error}; is a quotation mark not closed?") from error
     return names, found
+
+
+def _lines(file: IO[str]) -> Iterator[str]:
+    """csv.Error for one that is longer than any of a table, as of a file of zeros."""
+    while text := file.readline(LINE):
+        if len(text) == LINE:
+            raise csv.Error(f"a line of more than {LINE:,} characters")
+        yield text
 
 
 def _noted(lines: Iterator[str], recent: list[str]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from clipfast.evaluate.probe import README_PENALTY, Head
 from clipfast.evaluate.robustness import robustness
 from clipfast.evaluate.suite import Suite, identity, run_suite, table
 from clipfast.evaluate.tasks import Bench
-from clipfast.files import output_folder, replacing
+from clipfast.files import output_folder, replacing, shown
 from clipfast.inputs import Preprocess, read_image
 from clipfast.model import CLIP
 from clipfast.train.job import ALONE, Job
@@ -98,7 +98,7 @@ def _robustness(path: str) -> dict[str, Any]:
     standard = [row["model"] for row in rows if row.get("standard", "1").strip().lower() in ("1", "true", "yes")]
     accuracy, shifted = ([float(row[own]) for row in rows] for own in ("accuracy", "shifted"))
     found = robustness(names, accuracy, shifted, standard)
-    print(found.table())
+    _print(found.table())
     return found.summary()
 
 
@@ -107,10 +107,10 @@ def _audited(bench: Bench, task: str, options: Measure, out: str) -> dict[str, A
     if task == "overlap":
         bits = None if options.hash_bits < 0 else options.hash_bits
         found, results = bench.overlap(options.similarity, bits, Path(out, "duplicates.png") if out else "")
-        print(found.table())
+        _print(found.table())
         return results
     shares, results = bench.bias()
-    print(shares.table())
+    _print(shares.table())
     if out:
         with output_folder(out) as folder, replacing(folder / "bias.svg") as file:
             file.write(shares_plot(results["shares"]).encode())
@@ -144,11 +144,16 @@ def suite_of(options: SuiteOptions, load: Load, reading: Any, job: Job = ALONE) 
     rows = run_suite(options.models, suite, options.out, load, _tell, cache=options.features, job=job, **reading)
     if job.rank:
         return
-    print(table(rows))
+    _print(table(rows))
     with output_folder(options.out) as folder, replacing(folder / "report.html") as file:
         file.write(page(rows, suite).encode())
     print(Path(options.out, "report.html"))
 
 
 def _tell(row: dict[str, Any]) -> None:
-    print(f"{row['model']}, {row['dataset']}, {row['task']}: {row.get('reason') or format(row['score'], '.2%')}", flush=True)
+    _print(f"{row['model']}, {row['dataset']}, {row['task']}: {row.get('reason') or format(row['score'], '.2%')}")
+
+
+def _print(table: str) -> None:
+    """With the names of a stranger's classes and sets in it."""
+    print("\n".join(map(shown, table.split("\n"))), flush=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -27,6 +26,7 @@ from clipfast.evaluate.store import (
     ABOUT,
     DONE,
     FORMATS,
+    KINDS,
     LISTING,
     REFRESH,
     Part,
@@ -37,7 +37,7 @@ from clipfast.evaluate.store import (
     settle,
     write_json,
 )  # fmt: skip
-from clipfast.files import LOCK, locked, output_folder
+from clipfast.files import LOCK, locked, output_folder, remove
 from clipfast.inputs import Preprocess
 from clipfast.model import CLIP
 from clipfast.train.job import ALONE, Job
@@ -271,6 +271,9 @@ def _is_complete(store: Store, key: dict[str, Any], listing: list[Entry]) -> boo
 
 def _begin(folder: Path, key: dict[str, Any], listing: list[Entry], units: int, refresh: bool) -> tuple[bool, list[int]]:
     """Whether the folder is made anew beside what is there, and the units that are to be made."""
+    for name in (*KINDS.values(), "metadata", DONE, REFRESH):
+        if (folder / name).is_symlink():  # never ours: what it leads to would be written to, and emptied by a refresh
+            raise ValueError(f"expected a folder at {folder / name}, got a link; remove it, or link all of {folder}")
     settle(folder)
     store, staged = Store(folder, key["format"], key["features"]), Store(folder / REFRESH, key["format"], key["features"])
     for own in (folder, folder / REFRESH):
@@ -281,7 +284,7 @@ def _begin(folder: Path, key: dict[str, Any], listing: list[Entry], units: int, 
     else:
         _check_key(folder, before, key)
         if not (told := differences(store.listing(), listing)):
-            shutil.rmtree(folder / REFRESH, ignore_errors=True)
+            remove(folder / REFRESH)
         elif not refresh:
             raise ValueError(
                 f"expected the content that {folder} was made from, but in the source there are {told}; take --refresh to make "
@@ -289,7 +292,7 @@ def _begin(folder: Path, key: dict[str, Any], listing: list[Entry], units: int, 
             )
         else:
             if staged.about() is None or differences(staged.listing(), listing):
-                shutil.rmtree(folder / REFRESH, ignore_errors=True)
+                remove(folder / REFRESH)
                 staged.begin(key, listing)
             return True, _remaining(staged, units)
     return False, _remaining(store, units)
@@ -328,7 +331,7 @@ def _withdraw(store: Store) -> None:
     """What was begun and has no row."""
     if not any(len(store.read(path.stem.removeprefix("metadata_")).rows) for path in (store.folder / "metadata").glob("*")):
         for kind in (*store.kinds, DONE):
-            shutil.rmtree(store.folder / kind, ignore_errors=True)
+            remove(store.folder / kind)
         for name in (ABOUT, LISTING):
             (store.folder / name).unlink(missing_ok=True)
         if store.folder.name == REFRESH:

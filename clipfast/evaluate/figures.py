@@ -199,8 +199,9 @@ def figure_21(rows: Sequence[Row]) -> str:
                 f"{'<b>' if name in own['true'] else ''}{share:.1%} {escape(name)}{'</b>' if name in own['true'] else ''}"
                 for name, share in own["guesses"]
             )
+            image = f"data:image/jpeg;base64,{escape(own['jpeg'])}"
             cards.append(
-                f'<div class="card"><img alt="" src="data:image/jpeg;base64,{own["jpeg"]}"><br>{escape(row["dataset"])}, '
+                f'<div class="card"><img alt="" src="{image}"><br>{escape(row["dataset"])}, '
                 f"{escape(row['model'])}: {escape(', '.join(own['true']))}<br>{guesses}</div>"
             )
     return f'<div class="cards">{"".join(cards)}</div>' if cards else _lacks("zero-shot results")

@@ -43,6 +43,7 @@ except ImportError:
 LARGEST = 1 << 30  # bytes of an image's file
 MOST = 1 << 26  # pixels of a resized image, up to which all of it is made
 LONGEST = 8192  # pixels of a side that a transform resizes to: 200 MB
+SCANS = 100  # of a JPEG, which has up to 14: each passes over all of its pixels, and takes a few bytes of the file
 JPEG = b"\xff\xd8\xff"  # how a JPEG begins
 # What is opened, by Pillow's own decoders. Never all that Pillow knows: an EPS under any name would start Ghostscript.
 FORMATS = ("Jpeg", "Png", "WebP", "Bmp", "Gif", "Tiff", "Ppm", "Avif", "Jpeg2K", "Ico")
@@ -107,17 +108,24 @@ def _contents(source: Any) -> tuple[str, bytes]:
     if not isinstance(source, (str, os.PathLike, bytes, bytearray)):
         raise TypeError(f"expected a path, bytes, a PIL image, an array or a tensor, got {type(source).__name__}")
     if isinstance(source, (bytes, bytearray)):
-        return f"{len(source)} bytes", bytes(source)
+        return f"{len(source)} bytes", _bounded(f"{len(source)} bytes", bytes(source))
     name = os.fspath(source)
     try:
         # A table may name a pipe or a device, which never ends, or a file without an end that matters.
         if not stat.S_ISREG((about := os.stat(source)).st_mode) and not stat.S_ISDIR(about.st_mode) or about.st_size > LARGEST:
             raise OSError(errno.EINVAL, f"expected a file of at most {LARGEST >> 20} MB, got another kind or a larger one")
-        return name, Path(source).read_bytes()  # at once: Pillow would keep the file of an animated image open
+        data = Path(source).read_bytes()  # at once: Pillow would keep the file of an animated image open
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: expected an image, found no such file") from None
     except OSError as error:
         raise OSError(f"{name}: the image cannot be read: {error.strerror}") from None
+    return name, _bounded(name, data)
+
+
+def _bounded(name: str, data: bytes) -> bytes:
+    if data.startswith(JPEG) and (scans := data.count(b"\xff\xda")) > SCANS:
+        raise OSError(f"{name}: expected a JPEG of at most {SCANS} scans, got {scans}")
+    return data
 
 
 @cache
@@ -204,7 +212,8 @@ class Preprocess:
             object.__setattr__(self, name, value)
         for name, valid, wanted in (
             ("resolution", len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size), "pixels, or (height, width)"),
-            ("std", all(self.std), "no zero"),
+            ("mean", all(map(math.isfinite, self.mean)), "numbers"),
+            ("std", all(1e-6 < abs(own) < math.inf for own in self.std), "no zero"),
             ("interpolation", self.interpolation in INTERPOLATIONS, ", ".join(INTERPOLATIONS)),
             ("resize", self.resize in ("shortest", "longest", "squash"), "shortest, longest or squash"),
             ("fill", isinstance(self.fill, int) or (len(self.fill) == 3 and self.rgb_first), "a value; three need rgb_first"),

@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from clipfast.files import remove
 from clipfast.train.job import Job
 from clipfast.weights.distributed import ABOUT, Reader, fill, fingerprint, hush, sealed, verify
 
@@ -38,7 +39,7 @@ class Checkpoints:
         part = self.folder / f"step_{step:08}.part"
         try:
             if self.job.rank == 0:
-                shutil.rmtree(part, ignore_errors=True)
+                remove(part)
             # One file a rank: a hundred thousand small ones are what shared file systems choke on.
             writer = dcp.FileSystemWriter(part, single_file_per_rank=True, sync_files=True, thread_count=1)
             saved = dcp.async_save(
@@ -59,7 +60,7 @@ class Checkpoints:
                     os.fsync(file.fileno())
                 _sync_folder(part)
                 whole = part.with_suffix("")
-                shutil.rmtree(whole, ignore_errors=True)  # a damaged one of the same step
+                remove(whole)  # a damaged one of the same step
                 part.replace(whole)
                 _sync_folder(self.folder)
                 self.tidy(newest := about["step"])
@@ -76,7 +77,7 @@ class Checkpoints:
         log.error("%s, the training goes on; %.0f MB are free in %s: make room there", told, free, self.folder)
         self.failed = OSError(told)
         if self.job.rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
+            remove(part)
 
     def wait(self) -> None:
         """Until the checkpoint on its way is on the disk, or has failed (`failed`)."""
@@ -99,11 +100,11 @@ class Checkpoints:
         kept = steps[-self.keep_last :] + [step for step in steps if self.keep_every and step % self.keep_every == 0]
         self._remove(set(steps) - set(kept))
         for left in self.folder.glob("step_*.part"):
-            shutil.rmtree(left, ignore_errors=True)
+            remove(left)
 
     def _remove(self, steps: Iterable[int]) -> None:
         for step in steps:
-            shutil.rmtree(self.folder / f"step_{step:08}", ignore_errors=True)
+            remove(self.folder / f"step_{step:08}")
 
     def choose(self, resume: str) -> Path | None:
         """The checkpoint at that path, or of "auto" the newest whole one, or None where there is none; the same for all ranks.

@@ -8,6 +8,7 @@ from inspect import signature
 from typing import Annotated, Any
 
 from clipfast.model import CLIP, MODELS
+from clipfast.weights.names import DEEPEST, LONGEST
 
 CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
@@ -23,6 +24,11 @@ RANGES: dict[str, tuple[float, float]] = {  # at least, below
     ),
     **dict.fromkeys(("lr", "eps", "weight_decay", "warmup", "grad_clip"), (0, math.inf)),
     **dict.fromkeys(("beta1", "beta2", "ema", "patch_dropout"), (0, 1)),
+}
+MOST = {  # of the sizes that every model has
+    **{"vision_layers": DEEPEST, "transformer_layers": DEEPEST, "context_length": LONGEST},
+    **dict.fromkeys(("embed_dim", "image_resolution", "vision_width", "vocab_size"), 1 << 24),
+    **dict.fromkeys(("transformer_width", "transformer_heads"), 1 << 24),
 }
 
 
@@ -129,6 +135,11 @@ def sizes(model: str | dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"expected a model of {', '.join(MODELS)}, or a dict of sizes, got {model!r}")
     arguments = MODELS[model] if isinstance(model, str) else model
     signature(CLIP).bind(**arguments)  # TypeError names what is missing or unknown
+    for name, most in MOST.items():
+        value = arguments[name]
+        numbers = value if name == "vision_layers" and isinstance(value, list | tuple) else [value]
+        if not all(type(own) is int and 0 <= own <= most for own in numbers):
+            raise ValueError(f"expected {name} of a model to be a number of at most {most:,}, got {str(value)[:60]}")
     return arguments
 
 

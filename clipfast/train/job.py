@@ -30,7 +30,10 @@ def place() -> tuple[int, int]:
     """(rank, number of ranks) of this process, as its process group or torchrun has it; (0, 1) without either."""
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    told = [os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")]
+    if not all(own.isascii() and own.isdecimal() for own in told) or not int(told[0]) < int(told[1]):
+        raise ValueError(f"expected RANK below WORLD_SIZE, as torchrun sets them, got {told[0]!r} and {told[1]!r}; unset them")
+    return int(told[0]), int(told[1])
 
 
 @dataclass

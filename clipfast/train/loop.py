@@ -130,7 +130,7 @@ def alone_in(out: Path, job: Job) -> Iterator[None]:
         if job.rank == 0:
             try:
                 stack.enter_context(locked(out))
-            except BlockingIOError as error:
+            except (BlockingIOError, ValueError) as error:
                 refusal = error
         job.gather(refusal)
         yield

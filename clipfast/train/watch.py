@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm import tqdm
 
-from clipfast.files import replacing
+from clipfast.files import ITSELF, replacing
 
 warned = logging.getLogger(__name__)
+LONGEST = 1 << 26  # bytes of a line: not_finite.jsonl has the keys of a batch
 PROFILED = {"wait": 2, "warmup": 1, "active": 3}  # steps: let caches fill, let the profiler start, then record
 
 
@@ -72,7 +74,7 @@ class Watch:
     def _append(self, log: Path, entry: dict[str, Any]) -> None:
         """A line more, or none where the disk is full: a run does not end for that."""
         try:
-            with open(log, "a") as file:
+            with open(log, "a", opener=_not_through_a_link) as file:
                 file.write(json.dumps(entry) + "\n")
             self.full = False
         except OSError as error:
@@ -126,10 +128,15 @@ class Watch:
         if self.rank or self.bar is not None:
             return
         for log in (self.log, self.scores, self.faults):
-            if log.exists():
-                lines = _lines(log) if self.resumed else []
+            if os.path.lexists(log):
+                damaged = 0
                 with replacing(log) as file:
-                    file.write("".join(line for line in lines if _step(line) < step).encode())
+                    for line in _lines(log) if self.resumed and log.exists() else ():
+                        damaged += (own := _step(line)) == math.inf
+                        if own < step:
+                            file.write(line)
+                if damaged:
+                    warned.warning("left out of %s: %s that are cut off or none of a run's", log, f"{damaged:,} lines")
         with replacing(self.settings) as file:
             file.write(json.dumps(self.config, indent=2).encode())
         if self.tensorboard:
@@ -153,13 +160,21 @@ class Watch:
             self.wandb.finish()
 
 
-def _lines(log: Path) -> list[str]:
-    return log.read_text(errors="replace").splitlines(keepends=True)
+def _not_through_a_link(path: str, flags: int) -> int:
+    return os.open(path, flags | ITSELF, 0o666)
 
 
-def _step(line: str) -> float:
+def _lines(log: Path) -> Iterator[bytes]:
+    """Of a log, however long it is; what is longer than any line of ours comes in pieces."""
+    with open(log, "rb") as file:
+        while line := file.readline(LONGEST):
+            yield line
+
+
+def _step(line: bytes) -> float:
     """Of a line of a log; infinite for one that a kill or a full disk cut off, or that is none of ours."""
     try:
-        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
     except (ValueError, TypeError, KeyError, RecursionError):
         return math.inf
+    return step if type(step) is int else math.inf

@@ -11,6 +11,7 @@ import collections
 import io
 import pickle
 import re
+import reprlib
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from torch import Tensor
 INDEX = 8 << 20  # bytes of a pickle: one byte of it takes up to 60 of memory
 UNPACKED = 256 << 20  # bytes of all compressed entries: TorchScript compresses its code, storages are never compressed
 _PIECE = 1 << 15  # elements converted at a time: of 2**20 the allocator kept what they took, a quarter of the model
+UNFOLDED = 10_000  # places in a tuple and the tuples in it: a hash visits each of them, however often one is shared
 NAMES = 100_000  # of tensors: modules that hold each other could spell out any number
 
 
@@ -109,7 +111,7 @@ class Archive:
             if f"{self.root}byteorder" in self.entries and self._small(f"{self.root}byteorder") != b"little":
                 raise ValueError("its bytes are in the order of a big-endian machine")
             self.sources: dict[str, str] = {}
-            self.tree: Any = _Index(self, self._small(index)).load()
+            self.tree: Any = _Index(self, io.BytesIO(self._small(index))).load()
         except BaseException:
             self.file.close()
             raise
@@ -234,11 +236,36 @@ class _Index(pickle._Unpickler):  # type: ignore[name-defined]
         code: call
         for code, call in pickle._Unpickler.dispatch.items()  # type: ignore[attr-defined]
         if bytes([code]) not in (pickle.BYTEARRAY8, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ)
+        and bytes([code]) != pickle.FROZENSET
     }
 
-    def __init__(self, archive: Archive, data: bytes) -> None:
-        super().__init__(io.BytesIO(data), encoding="utf-8")
-        self.archive = archive
+    def __init__(self, archive: Archive, data: IO[bytes]) -> None:
+        super().__init__(data, encoding="utf-8")
+        self.archive, self.places = archive, dict[int, int]()  # id of a tuple -> what UNFOLDED bounds
+
+    def _tuple(self, items: list[Any]) -> tuple[Any, ...]:
+        """Refused where its hash would take for ever, as of one that holds one twice that holds one twice, or all the stack."""
+        made = tuple(items)
+        self.places[id(made)] = count = 1 + sum(self.places.get(id(item), 1) if type(item) is tuple else 1 for item in items)
+        if count > UNFOLDED and any(type(item) is tuple for item in items):
+            raise pickle.UnpicklingError(f"it holds a tuple of tuples with more than {UNFOLDED:,} places")
+        return made
+
+    def load_tuple(self) -> None:
+        items = self.pop_mark()  # type: ignore[attr-defined]
+        self.stack.append(self._tuple(items))  # type: ignore[attr-defined]
+
+    def load_tuple1(self) -> None:
+        self.stack[-1:] = [self._tuple(self.stack[-1:])]  # type: ignore[attr-defined]
+
+    def load_tuple2(self) -> None:
+        self.stack[-2:] = [self._tuple(self.stack[-2:])]  # type: ignore[attr-defined]
+
+    def load_tuple3(self) -> None:
+        self.stack[-3:] = [self._tuple(self.stack[-3:])]  # type: ignore[attr-defined]
+
+    dispatch |= {pickle.TUPLE[0]: load_tuple, pickle.TUPLE1[0]: load_tuple1}  # type: ignore[dict-item]
+    dispatch |= {pickle.TUPLE2[0]: load_tuple2, pickle.TUPLE3[0]: load_tuple3}  # type: ignore[dict-item]
 
     def load_build(self) -> None:
         """An object takes its state; an ordered dict does without its attributes; nothing else is changed."""
@@ -268,7 +295,7 @@ class _Index(pickle._Unpickler):  # type: ignore[name-defined]
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(key, str) or not isinstance(count, int) or count < 0:
-            raise pickle.UnpicklingError(f"expected a storage, got {str(pid)[:100]}")
+            raise pickle.UnpicklingError(f"expected a storage, got {reprlib.repr(pid)}")
         entry = f"{self.archive.root}data/{key}"
         info = self.archive.entries.get(entry)
         size = count * (dtype.itemsize if isinstance(dtype, torch.dtype) else 1)
@@ -289,6 +316,9 @@ class _Index(pickle._Unpickler):  # type: ignore[name-defined]
         if (offset + extent) * dtype.itemsize > storage.size or count > extent:
             raise ValueError(f"a tensor of shape {list(shape)} does not fit {storage.entry} of {storage.size:,} bytes")
         return Stored(self.archive, storage.entry, dtype, offset, shape, stride)
+
+    def sizes(self, values: Any = ()) -> tuple[Any, ...]:
+        return self._tuple([*values])
 
     def first(self, value: Any, *_: Any) -> Any:
         """A parameter is its tensor; a list with its TorchScript type is the list."""
@@ -312,13 +342,13 @@ _STORAGES = {
 _CONTAINERS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("collections", "Counter"): collections.Counter,
-    ("torch", "Size"): tuple,
     ("torch", "device"): str,
     ("builtins", "set"): set,
     ("__builtin__", "set"): set,
     ("torch.nn.parameter", "Parameter"): None,  # named beside a tensor with attributes, never called
 }
 _BUILDERS = {
+    ("torch", "Size"): "sizes",
     ("torch._utils", "_rebuild_tensor_v2"): "tensor",
     ("torch._utils", "_rebuild_tensor_v3"): "tensor",
     ("torch._utils", "_rebuild_parameter"): "first",
@@ -331,3 +361,20 @@ _BUILDERS = {
 _NUMBERS = {("numpy", "scalar"), ("numpy", "dtype"), ("_codecs", "encode")} | {
     ("numpy", f"{kind}DType") for kind in ("Float64", "Float32", "Float16", "Int64", "Int32", "Int8", "UInt8", "Bool", "Str")
 }
+
+
+class _Scan(_Index):
+    """The index of an older pickle, which torch reads: made of the same objects, to see that it holds nothing else."""
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        return _Storage("", pid[1] if isinstance(pid[1], torch.dtype) else None, 0)
+
+    def tensor(self, storage: _Storage, *_: Any) -> Stored:
+        return Stored(self.archive, "", torch.uint8, 0, (), ())
+
+
+def scan(file: IO[bytes]) -> None:
+    """pickle.UnpicklingError, or whatever a damaged index raises, for an older pickle that torch's reader would run out of time
+    or stack on: its four parts before the storages."""
+    for _ in range(4):  # a magic number, the version, the system, the tree
+        _Scan(None, file).load()  # type: ignore[arg-type]

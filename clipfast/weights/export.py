@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -56,8 +57,10 @@ def export(model: CLIP, out: str | Path, layout: str = "safetensors") -> Path:
             (_open_clip_pixels if layout == "open_clip" else _transformers_pixels)(model.visual.preprocess, aside)
             aside.chmod(0o755)
             aside.replace(target)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(error, safetensors.SafetensorError):  # of a full disk
+                raise OSError(f"expected room for the model at {target}, got: {error}; make some, or choose another") from error
             raise
     else:
         write(model, state, target)

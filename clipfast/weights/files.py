@@ -23,6 +23,8 @@ from clipfast.weights import archive
 from clipfast.weights.archive import Archive, Stored
 
 _CALLS: tuple[set[str], ...] = ({"quick_gelu"}, {"gelu"})
+HEADER = 16 << 20  # bytes of a safetensors file's: 100,000 tensors; parsed they take up to thirty times as much
+PLACES = 10_000  # in a model_config
 HOMES = ("state_dict", "model_state_dict", "model", "module")  # where training programs put the weights
 
 
@@ -46,6 +48,8 @@ def read(path: Path, dtype: torch.dtype | None = None) -> Checkpoint:
             return _safetensors(path, dtype)
         if zipfile.is_zipfile(path):
             return _zip(path, dtype)
+        with path.open("rb") as file:
+            archive.scan(file)
         with torch.serialization.safe_globals(_NUMBERS):
             return _chosen(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged file makes its reader raise nearly anything
@@ -86,7 +90,21 @@ def _chosen(tree: Any) -> Checkpoint:
     told = tree.get("model_config", {})  # clipfast's own files carry it
     if not isinstance(told, Mapping):
         raise _NoMappingError(f"expected model_config to be a mapping, got {type(told).__name__}")
+    _check_size(told)
     return Checkpoint(dict(home), dict(told))
+
+
+def _check_size(told: Any) -> None:
+    """Of what may be printed: a few lists that hold each other twice would be spelt out without end."""
+    due, count = [told], 0
+    while due:
+        value, count = due.pop(), count + 1
+        if count > PLACES:
+            raise _NoMappingError(f"expected a model_config of at most {PLACES:,} values, got more")
+        if isinstance(value, Mapping):
+            due += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            due += value
 
 
 _TYPES = {
@@ -98,6 +116,9 @@ _TYPES = {
 
 def _safetensors(path: Path, dtype: torch.dtype | None) -> Checkpoint:
     """Read, not mapped: tensors of a mapped file change or fault when somebody writes that file again."""
+    with open(path, "rb") as stream:
+        if (size := int.from_bytes(stream.read(8), "little")) > HEADER:
+            raise ValueError(f"its header has {size:,} bytes, expected at most {HEADER:,}")
     with safetensors.safe_open(path, "pt") as file:  # it checks that sizes and places fit each other and the file
         told = (file.metadata() or {}).get("model_config")
     state = {}

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import clipfast
@@ -26,11 +25,12 @@ from demo import emoji
 from demo.words import Vocabulary
 from paper import data, icons, measure, models, page, verdicts
 from paper.data import World
-from paper.models import KINDS, MAIN, OBJECTIVES, SIZES, Clock, write
+from paper.models import KINDS, MAIN, OBJECTIVES, ORDER, SIZES, Clock, of, runs, write
 from paper.verdicts import Verdict
 
 MEASURING = 180  # seconds for all that follows the training: 65 on two free cores, and some more on busy ones
 RESERVE = 20  # seconds below which no further part is begun; the longest takes 9 on two free cores
+LONG, SEEDS = 40, 2  # minutes from which on most models are trained by so many seeds
 SHORT, OFTEN = 20, 5  # minutes below which only concepts of so many drawings are learned: few are learned well, or many not
 STEPS = 300  # of L-BFGS for a probe
 WORDS, BAG = "predicts words", "contrastive, bag of words"
@@ -56,17 +56,20 @@ class Parts:
         return read_parsed(path)["result"]
 
 
-def trained(world: World, words: Vocabulary, work: Path, clock: Clock, **changes: Any) -> dict[str, clipfast.CLIP]:
+def trained(world: World, words: Vocabulary, work: Path, clock: Clock, seeds: int, **changes: Any) -> dict[str, clipfast.CLIP]:
+    """The model of each run."""
     asked = models.Asked(world.pool, world.named["emoji, a new style"], words, changes.pop("asked", models.ASKED))
     learning = max(clock.left() - MEASURING, clock.left() / 2)
-    limits = models.plan(work / "plan.json", world.learned, words, learning, changes.pop("steps", 0), **changes)
-    found, steps, due = {}, limits["steps"], [MAIN, WORDS, BAG, "predicts captions", "width 8", "width 24", "width 12"]
-    for place, name in enumerate(due):
+    limits = models.plan(work / "plan.json", world.learned, words, learning, changes.pop("steps", 0), seeds, **changes)
+    found, steps = {}, limits["steps"]
+    # The first seed of all before any other: where time runs out every model is there.
+    due = [(run, limits["step"][name]) for seed in range(seeds) for name in ORDER for run in runs(name, seeds)[seed : seed + 1]]
+    for place, (run, cost) in enumerate(due):
         # What one has not used the others have: who is cut short has seen fewer images than the rest.
-        share = limits["step"][name] / sum(limits["step"][own] for own in due[place:])
+        share = cost / sum(own for _, own in due[place:])
         seconds = max(1.0, share * max(clock.left() - MEASURING, clock.left() / 2))
-        print(f"training: {name}, {steps} steps, at most {seconds:.0f} s", flush=True)
-        found[name] = models.made(name, work / "models", world.learned, asked, steps, seconds, **changes).eval()
+        print(f"training: {run}, {steps} steps, at most {seconds:.0f} s", flush=True)
+        found[run] = models.made(run, work / "models", world.learned, asked, steps, seconds, **changes).eval()
         clock.save()
     return found
 
@@ -83,7 +86,7 @@ def measured(
         return kept[name]
 
     results: dict[str, Any] = {"zero": {}, "probe": {}, "pixels": {}, "words": {}, "shots": {}}
-    contrastive = list(dict.fromkeys((MAIN, *SIZES, BAG)))
+    contrastive = dict.fromkeys((MAIN, *SIZES, BAG, *(run for name in SIZES for run in of(name, found))))
     for name in contrastive:
         results["zero"][name] = part(
             f"zero-shot, {name}", lambda n=name: measure.zero_shot(found[n], features(n), world.tasks, words)
@@ -121,8 +124,8 @@ def measured(
     return part, results
 
 
-def judged(results: dict[str, Any], curves: dict[str, dict[int, list[int]]], compute: dict[str, float]) -> list[Verdict]:
-    """A verdict for each figure whose numbers are there."""
+def judged(results: dict[str, Any], curves: dict[str, list[verdicts.Curve]], compute: dict[str, float]) -> list[Verdict]:
+    """A verdict for each figure whose numbers are there. curves: model -> that of each seed."""
     found = [
         verdicts.efficiency("predicts captions", WORDS, 3, curves),
         verdicts.efficiency(WORDS, BAG, 4, curves),
@@ -142,10 +145,9 @@ def judged(results: dict[str, Any], curves: dict[str, dict[int, list[int]]], com
         found.append(verdicts.examples_needed({name: Worth(row["worth"], row["bound"]) for name, row in shots.items()}))
     if len(probe) > 2:
         found.append(verdicts.correlation(zero, probe))
-    sizes = {name: results["zero"][name] for name in SIZES if results["zero"].get(name)}
-    if len(sizes) > 2:
-        errors = {name: {task: 1 - row["accuracy"] for task, row in rows.items()} for name, rows in sizes.items()}
-        found.append(verdicts.scaling({name: compute[name] for name in sizes}, errors))
+    errors = errors_of(results)
+    if len(errors) > 2:
+        found.append(verdicts.scaling({name: compute[name] for name in errors}, errors))
     if len(probe) > 1 and len(other) > 1:
         found.append(verdicts.representation(probe, other))
     if shift := results["shift"]:
@@ -161,6 +163,15 @@ def judged(results: dict[str, Any], curves: dict[str, dict[int, list[int]]], com
     if results["pixels"] and "digits" in own:
         found.append(verdicts.handwriting(results["pixels"]["hits"], own["digits"]["hits"]))
     return found
+
+
+def errors_of(results: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
+    """Size -> of each seed, set -> error."""
+    found = {name: [results["zero"][run] for run in of(name, results["zero"])] for name in SIZES}
+    errors = {
+        name: [{task: 1 - row["accuracy"] for task, row in rows.items()} for rows in own if rows] for name, own in found.items()
+    }
+    return {name: own for name, own in errors.items() if own}
 
 
 def curves_of(shots: dict[str, Any]) -> dict[str, dict[float, float]]:
@@ -209,9 +220,7 @@ def sections(
         parts.append(("7", "Figure 7: how many examples a class zero-shot is worth", page.table(("set", "examples"), rows)))
     if probe:
         parts.append(("8", "Figure 8: zero-shot over the probe on all examples", page.pairs(zero, probe, "probe", "zero-shot")))
-    sizes = {name: results["zero"][name] for name in SIZES if results["zero"].get(name)}
-    if len(sizes) > 2:
-        errors = {name: float(np.mean([1 - row["accuracy"] for row in rows.values()])) for name, rows in sizes.items()}
+    if len(errors := errors_of(results)) > 2:
         parts.append(("9", "Figure 9: zero-shot error over compute", page.scaled(compute, errors)))
     if probe and other:
         drawn = page.differences(probe, other, "probe on the contrastive tower less the words', points of per cent")
@@ -244,15 +253,18 @@ def sections(
 def run(world: World, work: Path, out: Path, clock: Clock, attribution: str, **changes: Any) -> list[Verdict]:
     """Trains, measures and writes paper.html; `work` holds what a second start goes on from."""
     words = Vocabulary(data.texts(world))
-    found = trained(world, words, work, clock, **changes)
+    found = trained(world, words, work, clock, SEEDS if clock.minutes >= LONG else 1, **changes)
     part, results = measured(world, words, work, clock, found)
-    about = {name: read_parsed(work / "models" / name / "done.json") for name in KINDS}
+    about = {run: read_parsed(work / "models" / run / "done.json") for run in found}
     curves = {
-        name: {int(images): hits for images, hits in read_parsed(work / "models" / name / "curve.json").items()}
+        name: [
+            {int(images): hits for images, hits in read_parsed(work / "models" / run / "curve.json").items()}
+            for run in of(name, found)
+        ]
         for name in OBJECTIVES
-    }
+    }  # fmt: skip
     compute = {name: row["flops"] for name, row in about.items()}
-    told, end = judged(results, curves, compute), curves[MAIN][max(curves[MAIN])]
+    told, end = judged(results, curves, compute), curves[MAIN][0][max(curves[MAIN][0])]
     if not verdicts.learned(end):  # what it cannot do says nothing of what the paper found
         told = [own._replace(agrees=verdicts.OPEN) for own in told]
     text = page.page(
@@ -271,11 +283,14 @@ def run(world: World, work: Path, out: Path, clock: Clock, attribution: str, **c
 def introduction(world: World, about: dict[str, Any], part: Parts, clock: Clock, learned: bool) -> str:
     steps = {name: row["steps"] for name, row in about.items()}
     cut = [f"{name} after {own:,}" for name, own in steps.items() if own < max(steps.values())]
+    seeds = "there is one run of each model, so they do not hold what another seed would change"
+    if len(about) > len(KINDS):
+        seeds = "in figures 2 and 9 over seeds too; elsewhere they do not hold what another seed would change"
     text = (
         f"{len(world.learned.concept):,} drawings of {len(world.learned.concept.unique()):,} concepts (emoji of six vendors, "
-        "icons of fifteen sets) to learn from; two vendors, one icon set and all digits are seen in no training. Seven models, "
-        f"up to {max(steps.values()):,} steps of 128 pairs each; seed 0. Intervals are of 95 %, over images or over sets; "
-        "there is one run of each model, so they do not hold what another seed would change. "
+        "icons of fifteen sets) to learn from; two vendors, one icon set and all digits are seen in no training. "
+        f"{len(KINDS)} models in {len(about)} runs, up to {max(steps.values()):,} steps of 128 pairs each. "
+        f"Intervals are of 95 %, over images or over sets; {seeds}. "
         f"{clock.spent() / 60:.1f} of {clock.minutes:g} minutes."
     )
     text += "" if learned else " The time was too short to learn anything: nothing is decided by what follows."

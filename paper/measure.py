@@ -200,9 +200,9 @@ def wronged(model: CLIP, features: Features, world: World, words: Vocabulary) ->
             weights = scores(model, torch.eye(images.shape[1]), names, emoji.EVAL_TEMPLATES, words).T
         predictions[design] = labelled(images, weights, names)
     attributes = {name: own for name, own in world.people.items() if name != "row"}
-    harmful = {label for own in HARM.values() for label in own}
+    harmful = HARM["crime-related"]  # what the paper's table 7 is about
     return {
-        "shares": bias(predictions, HARM | {"either": sorted(harmful)}, attributes).summary(),
+        "shares": bias(predictions, HARM, attributes).summary(),
         "table": bias(predictions, HARM, attributes).table(),
         **{design: [label in harmful for label in own] for design, own in predictions.items()},
         "young": [own == "child" for own in world.people["age"]],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +43,18 @@ KINDS = {
 }  # fmt: skip
 OBJECTIVES = ("predicts captions", "predicts words", "contrastive, bag of words", MAIN)  # as figure 2's legend, and ours
 SIZES = ("width 8", "width 12", MAIN, "width 24")
+ORDER = (MAIN, "predicts words", "contrastive, bag of words", "predicts captions", "width 8", "width 24", "width 12")
+REPEATED = tuple(name for name in ORDER if name != "predicts captions")  # by other seeds, where there is time
+
+
+def runs(name: str, seeds: int) -> list[str]:
+    """The names of a model's runs, the first seed's its own."""
+    return [name, *(f"{name}, seed {seed}" for seed in range(1, seeds) if name in REPEATED)]
+
+
+def of(name: str, found: Iterable[str]) -> list[str]:
+    """Those of the runs that are this model's."""
+    return [run for run in found if run.partition(", seed ")[0] == name]
 
 
 @dataclass
@@ -89,10 +101,12 @@ def recipe(kind: Kind, out: str, words: Vocabulary, **changes: Any) -> TrainConf
     return TrainConfig(**run | changes)
 
 
-def plan(path: Path, learned: Drawings, words: Vocabulary, seconds: float, steps: int = 0, **changes: Any) -> dict[str, Any]:
+def plan(
+    path: Path, learned: Drawings, words: Vocabulary, seconds: float, steps: int = 0, seeds: int = 1, **changes: Any
+) -> dict[str, Any]:
     """{"steps": of every model, the same, "step": the seconds that one takes of each}; measured once and kept at `path`.
 
-    So many steps as all models can take in four fifths of the `seconds`: others may use the machine too.
+    So many steps as all runs can take in four fifths of the `seconds`: others may use the machine too.
     """
     if path.exists():
         return read_parsed(path)
@@ -107,14 +121,16 @@ def plan(path: Path, learned: Drawings, words: Vocabulary, seconds: float, steps
                 on_step=lambda step, model, found, own=times: own.append(found["seconds"]),
             )
         cost[name] = float(np.median(np.diff(times)))
-    found = {"steps": steps or max(2 * CHECKPOINTS, int(0.8 * seconds / sum(cost.values()))), "step": cost}
+    total = sum(own * len(runs(name, seeds)) for name, own in cost.items())
+    found = {"steps": steps or max(2 * CHECKPOINTS, int(0.8 * seconds / total)), "step": cost}
     write(path, found)
     return found
 
 
-def made(name: str, folder: Path, learned: Drawings, asked: Asked, steps: int, seconds: float, **changes: Any) -> CLIP:
-    """The model, trained, or gone on with, or read. curve.json beside it: images seen -> is each drawing named rightly."""
-    out, kind = folder / name, KINDS[name]
+def made(run: str, folder: Path, learned: Drawings, asked: Asked, steps: int, seconds: float, **changes: Any) -> CLIP:
+    """A run's model, trained, or gone on with, or read. curve.json beside it: images seen -> is each drawing named rightly."""
+    name, _, seed = run.partition(", seed ")
+    out, kind, changes = folder / run, KINDS[name], {"seed": int(seed or 0)} | changes
     done, curve = out / "done.json", out / "curve.json"
     if done.exists():
         return clipfast.load(str(out / "model.pt"), "cpu")[0]

@@ -11,10 +11,10 @@ from typing import Any
 
 from PIL import Image
 
-from clipfast.evaluate.figures import Line, bars, plot
+from clipfast.evaluate.plots import COLOURS, Line, bars, plot
 from demo.report import STYLE
-from paper.models import MAIN, OBJECTIVES, SIZES
-from paper.verdicts import AGREES, NOT, Verdict
+from paper.models import MAIN, OBJECTIVES
+from paper.verdicts import AGREES, NOT, Curve, Verdict
 
 MORE = """
 .badge { border-radius: 4px; padding: .1rem .5rem; font-size: .85rem; color: #fff; background: #8a6d1a; white-space: nowrap }
@@ -50,10 +50,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><tr>{"".join(f"<th>{escape(cell)}" for cell in head)}</tr>{body}</table></div>'
 
 
-def learning(curves: dict[str, dict[int, list[int]]]) -> str:
+def learning(curves: dict[str, list[Curve]]) -> str:
+    """A line for each seed."""
     lines = [
-        Line(name, [(images, sum(hits) / len(hits)) for images, hits in sorted(curves[name].items())], True)
-        for name in OBJECTIVES if name in curves
+        Line(name if seed == 0 else "", [(images, sum(hits) / len(hits)) for images, hits in sorted(own.items())], True,
+             colour=COLOURS[place], dashed=seed > 0)
+        for place, name in enumerate(OBJECTIVES) for seed, own in enumerate(curves[name])
     ]  # fmt: skip
     return plot(lines, "images seen", "named rightly", x_map=math.log10)
 
@@ -76,12 +78,14 @@ def few(curves: dict[str, dict[float, float]], zero: dict[str, float]) -> str:
     return plot(lines, "examples a class", "mean accuracy", x_map=math.log10)
 
 
-def scaled(compute: dict[str, float], errors: dict[str, float]) -> str:
-    points = [(compute[name] / 1e6, errors[name]) for name in SIZES if name in errors]
-    labels = [name if name != MAIN else "width 16" for name in SIZES if name in errors]
-    return plot(
-        [Line("models", points, True, labels)], "MFLOPs an image", "mean zero-shot error", x_map=math.log10, y_map=math.log10
-    )
+def scaled(compute: dict[str, float], errors: dict[str, list[dict[str, float]]]) -> str:
+    """The mean of each size's seeds, and every run beside it."""
+    means = {name: [sum(own.values()) / len(own) for own in each] for name, each in errors.items()}
+    points = [(compute[name] / 1e6, sum(own) / len(own)) for name, own in means.items()]
+    lines = [Line("models", points, True, [name if name != MAIN else "width 16" for name in means])]
+    if any(len(own) > 1 for own in means.values()):
+        lines.append(Line("each run", [(compute[name] / 1e6, value) for name, own in means.items() for value in own]))
+    return plot(lines, "MFLOPs an image", "mean zero-shot error", x_map=math.log10, y_map=math.log10)
 
 
 def robustness(found: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ paper's own findings."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from clipfast.evaluate.robustness import expit, log_log_fit, logit
 
 AGREES, NOT, OPEN = "agrees", "does not agree", "undecided"
 DRAWS, LEVEL = 1000, 0.95
+Curve: TypeAlias = Mapping[int, Sequence[int]]  # images seen -> whether each drawing is named rightly
 
 
 class Verdict(NamedTuple):
@@ -55,12 +56,10 @@ def learned(hits: Sequence[int] | Sequence[bool], classes: int = 0) -> bool:
 # ---- figure 2
 
 
-def speedup(
-    slow: Mapping[int, Sequence[int]], fast: Mapping[int, Sequence[int]], rows: np.ndarray | slice = slice(None)
-) -> float:
+def speedup(slow: Curve, fast: Curve, rows: np.ndarray | slice = slice(None)) -> float:
     """How many times fewer images `fast` needs for the accuracy that `slow` ends with (or `slow` for that of `fast`, inverted).
 
-    Curves: images seen -> whether each drawing is named rightly. Between points log-linear; who has it at the first point
+    Between the points of a curve log-linear; who has it at the first point
     needed no more than that, so that the number is a bound.
     """
     curves = [sorted((images, float(np.mean(np.asarray(hits)[rows]))) for images, hits in own.items()) for own in (slow, fast)]
@@ -83,15 +82,23 @@ def reached(curve: Sequence[tuple[float, float]], accuracy: float) -> float:
     return float(curve[-1][0])
 
 
-def efficiency(slow: str, fast: str, times: int, curves: Mapping[str, Mapping[int, Sequence[int]]], note: str = "") -> Verdict:
-    count = len(next(iter(curves[slow].values())))
-    found = speedup(curves[slow], curves[fast])
-    interval = drawn(lambda rows: speedup(curves[slow], curves[fast], rows), count)
-    ends = [float(np.mean(curves[name][max(curves[name])])) for name in (slow, fast)]
-    here = f"“{fast}” ends at {ends[1]:.1%} of {count} drawings, “{slow}” at {ends[0]:.1%}: "
+def efficiency(slow: str, fast: str, times: int, curves: Mapping[str, Sequence[Curve]], note: str = "") -> Verdict:
+    """curves: model -> that of each seed. The interval is over the drawings and the seeds."""
+    count = len(next(iter(curves[slow][0].values())))
+
+    def times_fewer(rows: np.ndarray, *seeds: np.ndarray) -> float:
+        return speedup(*(curves[name][own[0]] for name, own in zip((slow, fast), seeds, strict=True)), rows)
+
+    each = [speedup(one, other) for one in curves[slow] for other in curves[fast]]
+    found = float(np.exp(np.mean(np.log(each))))
+    interval = drawn(times_fewer, count, len(curves[slow]), len(curves[fast]))
+    last = {name: [own[max(own)] for own in curves[name]] for name in (slow, fast)}
+    here = f"“{fast}” ends at {np.mean(last[fast]):.1%} of {count} drawings, “{slow}” at {np.mean(last[slow]):.1%}: "
+    first = [own[min(own)] for own in curves[fast]]
+    here += "at least " if np.mean(first) >= np.mean(last[slow]) else ""  # nobody looked before
     here += f"{found:.1f} × ({span(interval, '.1f')})"
     told = f"“{fast}” is {times} × as efficient in images seen as “{slow}”{note}"
-    chance = [name for name in (slow, fast) if not learned(curves[name][max(curves[name])])]
+    chance = [name for name, own in last.items() if not all(map(learned, own))]
     here += f"; no more than chance: {', '.join(f'“{name}”' for name in chance)}" if chance else ""
     return Verdict("2", told, here, OPEN if chance else judged(interval, 1.0))
 
@@ -172,17 +179,19 @@ def correlation(zero: Mapping[str, float], probe: Mapping[str, float]) -> Verdic
     )
 
 
-def scaling(compute: Mapping[str, float], errors: Mapping[str, Mapping[str, float]]) -> Verdict:
-    """errors: model -> set -> error."""
-    models, sets = [*compute], [*next(iter(errors.values()))]
-    table = np.array([[errors[model][name] for name in sets] for model in models])
+def scaling(compute: Mapping[str, float], errors: Mapping[str, Sequence[Mapping[str, float]]]) -> Verdict:
+    """errors: model -> of each seed, set -> error. The interval is over the sets and the seeds."""
+    models, sets = [*compute], [*next(iter(errors.values()))[0]]
+    tables = [np.array([[own[name] for name in sets] for own in errors[model]]) for model in models]
 
-    def slope(rows: np.ndarray | slice) -> float:
-        return -log_log_fit([compute[model] for model in models], table[:, rows].mean(1)).slope
+    def slope(rows: np.ndarray, *seeds: np.ndarray) -> float:
+        means = [own[seed[:1]][:, rows].mean() for own, seed in zip(tables, seeds, strict=True)]
+        return -log_log_fit([compute[model] for model in models], means).slope
 
-    found, interval = slope(slice(None)), drawn(slope, len(sets))
+    found = -log_log_fit([compute[model] for model in models], [own.mean() for own in tables]).slope
+    interval = drawn(slope, len(sets), *map(len, tables))
     falls = span(Interval(-interval.high, -interval.low), ".3f")
-    here = f"error goes as compute to the power {-found:.3f} ({falls}), {len(models)} sizes"
+    here = f"error goes as compute to the power {-found:.3f} ({falls}), {len(models)} sizes, {sum(map(len, tables))} runs"
     return Verdict(
         "9", "mean zero-shot error falls smoothly, log-linear in compute, over a range of 44 ×", here, judged(interval, 0)
     )
@@ -212,19 +221,23 @@ def robust(found: Mapping[str, Mapping[str, Any]]) -> Verdict:
     base, shifted = (np.array([own[side] for own in found.values()], dtype=float) for side in ("base", "shifted"))
     line, asked = (np.flatnonzero([kind == own for kind in kinds]) for own in ("standard", "zero-shot"))
 
-    def effective(models: np.ndarray, rows: np.ndarray | slice, others: np.ndarray | slice) -> float:
+    def fitted(models: np.ndarray, rows: np.ndarray | slice, others: np.ndarray | slice) -> tuple[float, float]:
+        """Mean effective robustness, and the line's slope."""
         x, y = (logit(own[:, part].mean(1), [*found], len(own[0])) for own, part in ((base, rows), (shifted, others)))
         own = line[models]
         if not np.ptp(x[own]):
-            return float("nan")
+            return float("nan"), float("nan")
         slope, intercept = np.polyfit(x[own], y[own], 1)
-        return float((expit(y[asked]) - expit(slope * x[asked] + intercept)).mean())
+        return float((expit(y[asked]) - expit(slope * x[asked] + intercept)).mean()), float(slope)
 
-    interval = drawn(effective, len(line), base.shape[1], shifted.shape[1])
-    mean = effective(np.arange(len(line)), slice(None), slice(None))
+    counts = len(line), base.shape[1], shifted.shape[1]
+    interval, steep = (drawn(lambda *own, place=place: fitted(*own)[place], *counts) for place in (0, 1))
+    mean, slope = fitted(np.arange(len(line)), slice(None), slice(None))
     here = f"mean effective robustness of {len(asked)} zero-shot models {mean:+.1%} ({span(interval)}), beside a line through "
-    here += f"{len(line)} models of the base style alone"
+    here += f"{len(line)} models of the base style alone, of slope {slope:.2f} ({span(steep, '.2f')})"
     told = "zero-shot models are much more robust to natural shift than what their accuracy promises"
+    if steep.low <= 0:
+        return Verdict("13", told, f"{here}: accuracy in the base style promises none in the other", OPEN)
     return Verdict("13", told, here, judged(interval, 0))
 
 

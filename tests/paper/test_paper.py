@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import clipfast
 from demo import emoji
 from demo.emoji import Concept, Drawings
 from paper import __main__ as program
@@ -70,10 +71,11 @@ def test_the_whole_program_goes_on_where_it_was_killed(world, tmp_path, monkeypa
         return made(*given, **options)
 
     def start() -> list:
-        clock = Clock(work / "clock.json", 30.0)
+        clock = Clock(work / "clock.json", float(program.LONG))
         return program.run(world, work, tmp_path, clock, "whose <drawings>", **TINY, steps=8, asked=10)
 
     monkeypatch.setattr(models, "made", killed)
+    monkeypatch.setattr(models, "REPEATED", ("width 8",))
     monkeypatch.setattr(program, "STEPS", 3)
     monkeypatch.setattr(verdicts, "DRAWS", 50)
     for name, kind in KINDS.items():
@@ -89,7 +91,10 @@ def test_the_whole_program_goes_on_where_it_was_killed(world, tmp_path, monkeypa
     assert "whose &lt;drawings&gt;" in html and html.count("<svg") >= 8
     assert all(html.count(program.page.escape(own.here)) >= 2 for own in told)  # in the summary, and at its figure
     kept = json.loads((tmp_path / "paper.json").read_text())
-    assert kept["left_out"] == [] and kept["models"].keys() == KINDS.keys()
+    assert kept["left_out"] == [] and [*kept["models"]][:7] == [*models.ORDER] and [*kept["models"]][7:] == ["width 8, seed 1"]
+    both = [clipfast.load(str(work / "models" / run / "model.pt"), "cpu")[0].visual for run in models.runs("width 8", 2)]
+    assert not torch.equal(both[0].conv1.weight, both[1].conv1.weight) and "over seeds too" in html
+    assert "4 sizes, 5 runs" in next(own.here for own in told if own.figure == "9")
     assert all(row["steps"] == 8 for row in kept["models"].values())
     assert kept["models"]["width 24"]["flops"] > 1.5 * kept["models"][MAIN]["flops"]
     curve = json.loads((work / "models" / "predicts captions" / "curve.json").read_text())

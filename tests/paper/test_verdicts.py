@@ -47,13 +47,27 @@ def test_a_speed_up_is_read_off_the_curves():
     ],
 )
 def test_efficiency(fast, expected):
-    found = verdicts.efficiency("slow", "fast", 3, {"slow": SLOW, "fast": fast})
-    assert found.agrees == expected and "400 drawings" in found.here
+    found = verdicts.efficiency("slow", "fast", 3, {"slow": [SLOW], "fast": [fast]})
+    assert found.agrees == expected and "400 drawings" in found.here and "at least" not in found.here
+    found = verdicts.efficiency("slow", "fast", 3, {"slow": [SLOW], "fast": [{1000: hits(0.3), 10000: hits(0.4)}]})
+    assert "at least 10.0 ×" in found.here
+
+
+def test_seeds_that_differ_decide_nothing():
+    """What one run would have decided."""
+    fast, late = {100: hits(0.1), 1000: hits(0.2), 10000: hits(0.4)}, {100: hits(0.01), 1000: hits(0.02), 10000: hits(0.1)}
+    assert verdicts.efficiency("slow", "fast", 3, {"slow": [SLOW], "fast": [fast, fast]}).agrees == AGREES
+    found = verdicts.efficiency("slow", "fast", 3, {"slow": [SLOW], "fast": [fast, late]})
+    assert found.agrees == OPEN and "ends at 25.0% of 400 drawings" in found.here
+    compute = {"a": 1e6, "b": 3e6, "c": 9e6}
+    down = {model: around(0.5 / own**0.1, 0.01) for model, own in zip(compute, (1, 3, 9), strict=True)}
+    mixed = {"a": [down["a"], down["c"]], "b": [down["b"]], "c": [down["c"], down["a"]]}
+    assert verdicts.scaling(compute, mixed).agrees == OPEN and "3 sizes, 5 runs" in verdicts.scaling(compute, mixed).here
 
 
 def test_who_has_learned_nothing_decides_nothing():
     nothing = {100: hits(0.0025), 10000: hits(0.0025)}  # one of 400, which is chance
-    found = verdicts.efficiency("slow", "fast", 3, {"slow": nothing, "fast": {100: hits(0.1), 10000: hits(0.4)}})
+    found = verdicts.efficiency("slow", "fast", 3, {"slow": [nothing], "fast": [{100: hits(0.1), 10000: hits(0.4)}]})
     assert found.agrees == OPEN and found.here.endswith("no more than chance: “slow”")
     assert verdicts.learned(hits(0.03)) and not verdicts.learned(hits(0.005))
 
@@ -117,12 +131,12 @@ def test_the_correlation_with_the_probe():
 
 def test_scaling():
     compute = {"a": 1e6, "b": 3e6, "c": 9e6}
-    down = {model: around(0.5 / own**0.1, 0.01) for model, own in zip(compute, (1, 3, 9), strict=True)}
+    down = {model: [around(0.5 / own**0.1, 0.01)] for model, own in zip(compute, (1, 3, 9), strict=True)}
     assert verdicts.scaling(compute, down).agrees == AGREES
     up = dict(zip(compute, reversed(down.values()), strict=True))
     assert verdicts.scaling(compute, up).agrees == NOT
     flat = {
-        model: {name: 0.5 + 0.05 * math.sin(7 * number + place) for number, name in enumerate(SETS)}
+        model: [{name: 0.5 + 0.05 * math.sin(7 * number + place) for number, name in enumerate(SETS)}]
         for place, model in enumerate(compute)
     }
     assert verdicts.scaling(compute, flat).agrees == OPEN
@@ -148,6 +162,13 @@ def test_the_noise_of_few_images_decides_no_robustness():
     found = {str(own): model("standard", own, own / 2, 40) for own in (0.3, 0.4, 0.5)}
     found["a"] = model("zero-shot", 0.4, 0.3, 40)
     assert verdicts.robust(found).agrees == OPEN
+
+
+def test_a_line_that_does_not_rise_promises_nothing():
+    found = {str(own): model("standard", own, 0.5 - own / 2) for own in (0.3, 0.35, 0.4, 0.45, 0.5)}
+    found["a"] = model("zero-shot", 0.4, 0.6)
+    told = verdicts.robust(found)
+    assert told.agrees == OPEN and told.here.endswith("accuracy in the base style promises none in the other")
 
 
 def test_adapting():

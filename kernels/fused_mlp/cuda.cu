@@ -4,8 +4,8 @@
 //
 // A tile's products take 12,288 cycles at 768 columns, and its epilogue 2,048 for two special functions an element (QuickGELU), 16 a
 // cycle; the other warpgroup multiplies meanwhile. What is written forward, 128 KB a tile with h, is 2 TB/s of all SMs; backward h is
-// read, 64 KB a tile, and fetched before the products, as is the line of sums (as the statistics of the contrastive loss have it). No GPU
-// has run this.
+// read, 64 KB a tile, half of it before the products, and the columns are summed as the statistics of the contrastive loss are. No GPU has
+// run this.
 #include "similarity.cuh"
 
 #include <array>

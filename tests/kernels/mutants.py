@@ -410,6 +410,10 @@ COMPILED: dict[str, list[tuple[str, ...]]] = {
         ("column ? &factors->one : &factors->zero", "&factors->zero"),
         ("row ? &factors->one : &factors->zero", "&factors->zero"),
         ("p.offset + row - column}", "p.offset}"),
+        ("x[i] = keep + __shfl_xor_sync(~0u, give, 2 * half);", "x[i] = keep;"),
+        ("if (leads && k + 1 == min(kLag, plan.steps))", "if (leads && k + 1 == kLag)"),
+        ("(1 << kCluster) - 1);", "1);"),
+        ("return (i & ~31) + (i >> 1 & 3) * 8 + (i >> 3 & 3) * 2 + (i & 1);", "return i;"),
     ],
     "pairwise_sigmoid/cuda.cu": [
         ("at == pair + 8 * h ? -l : l;", "l;"),

@@ -58,5 +58,5 @@ def described(chosen: Settings, pairs_per_second: float) -> str:
     if chosen.small:
         sides = f"drawings of {SMALL} pixels in the first {chosen.small:.0%} of the time, of {LARGE} in the rest"
     blocks = "one block" if chosen.blocks == 1 else f"{chosen.blocks} blocks"
-    why = f"settings {chosen.name!r} for {span} pairs/s ({pairs_per_second:,.0f} measured)"
+    why = f"settings {chosen.name!r}, {span} pairs/s ({pairs_per_second:,.0f} measured)"
     return f"{why}: {sides}; {blocks} in the text tower"

@@ -255,7 +255,7 @@ shows. It picks a name among all {seen["names"]:,}, or, for the unseen concepts,
 {f"<p><b>{escape(verdict(results))}</b></p>" if verdict(results) else ""}
 <p class="soft">Nearest pixels: the names of the training drawings that come nearest in 24 × 24 pixels, without any learning; it
 has no drawing of an unseen concept and so can name none. Size and resolution of the model were chosen among a few by these
-same figures, so they flatter it slightly; the rest by a training vendor’s drawings that were left out.</p>
+same figures, so they flatter it slightly; white as the background by two training vendors’ drawings that were left out.</p>
 <h2>Learning</h2><img src="learning_curve.png" alt="Loss and accuracy over the seconds of training">
 <h2>Concepts seen in other styles</h2>
 <p>Drawn at random, with the five likeliest of {seen["names"]:,} names. Above each the right name and its rank; green is

@@ -37,7 +37,12 @@ def test_odd_calls_are_refused_or_right() -> None:
         got, expected = answers
         if isinstance(got, dict) and isinstance(expected, dict):
             compared += 1
+            # Of infinities what is NaN hangs on the order of products and sums: there only numbers are compared.
+            endless = any(v.isinf().any() for v in given.values() if isinstance(v, Tensor))
             for name, value in got.items():
+                if endless:
+                    finite = expected[name].isfinite()
+                    value, expected[name] = value[finite], expected[name][finite]
                 wide = 2e-2 if value.dtype in (torch.float16, torch.bfloat16) else 1e-3
                 torch.testing.assert_close(value, expected[name], equal_nan=True, rtol=wide, atol=wide)
         else:

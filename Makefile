@@ -43,7 +43,10 @@ soak: rivals
 lint: rivals
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy clipfast
+	@# kernels/ is the package clipfast.kernels: beside the others, as it is installed, mypy reads it too.
+	rm -rf build/lint && mkdir -p build/lint && cp -r clipfast build/lint/ && rm -f build/lint/clipfast/kernels
+	cp -r kernels build/lint/clipfast/kernels
+	$(PY) -m mypy build/lint/clipfast
 
 bench: cpu-check
 

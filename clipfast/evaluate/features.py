@@ -15,7 +15,7 @@ from clipfast.data import Tally, read_images
 from clipfast.data.sources import Sample, no_caption
 from clipfast.inputs import Preprocess, tokenize
 from clipfast.model import CLIP
-from clipfast.model.transformer import projected
+from clipfast.model.fused import projected
 from clipfast.train.job import Job
 
 FEATURES = ("image", "hidden", "text")

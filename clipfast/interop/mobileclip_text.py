@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from clipfast.kernels import mlp
+from clipfast.model.fused import projected
 from clipfast.model.rule import untouched
-from clipfast.model.transformer import LayerNorm, Transformer, projected
+from clipfast.model.transformer import LayerNorm, Transformer
 
 State = dict[str, Tensor]
 

@@ -5,6 +5,7 @@ Trunks of timm and text encoders of transformers inside of them are those librar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,15 +23,17 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from clipfast.interop.accelerate import Swap, Way, bare, original
+from clipfast.model.fused import Layout, Linear, Norm, Parts, Stream, fused_block, projected
 from clipfast.model.packed import pack
 from clipfast.model.resnet import pooled_map
 from clipfast.model.rule import know, untouched
-from clipfast.model.transformer import Layout, Linear, Norm, Parts, Stream, block, causal_mask, projected
+from clipfast.model.transformer import causal_mask
 from clipfast.model.vit import patches, tiles
 
 if tuple(int(number) for number in version.split(".")[:2]) < (3, 3):
     raise ImportError(f"expected open_clip 3.3 or later, got {version}; convert the model instead (clipfast.convert)")
 
+_AGAIN: dict[str, Any] = dict(use_reentrant=False, preserve_rng_state=False)  # of what is computed again in backward
 _NORMS = {nn.LayerNorm, theirs.LayerNorm, theirs.LayerNormFp32}
 # Activations that map each number for itself.
 _ACTIVATIONS = {theirs.QuickGELU, nn.GELU, nn.ReLU, nn.SiLU, nn.Identity}
@@ -166,7 +169,7 @@ def residual_block(
         x = q_x if module.attn.batch_first else q_x.transpose(0, 1)
         causal = causality(attn_mask, x.shape[1])
         if causal is not None:
-            x = block(Stream(x, None, Layout(causal=causal)), parts(module)).settled()
+            x = fused_block(Stream(x, None, Layout(causal=causal)), parts(module)).settled()
             return x if module.attn.batch_first else x.transpose(0, 1)
     return original(module, q_x, k_x, v_x, attn_mask)
 
@@ -176,7 +179,7 @@ def custom_block(module: Any, x: Any, attn_mask: Tensor | None = None) -> Any:
     if type(x) is Tensor and x.ndim == 3 and block_lacks(module) is None:
         causal = causality(attn_mask, x.shape[1])
         if causal is not None:
-            return block(Stream(x, None, Layout(causal=causal)), parts(module)).settled()
+            return fused_block(Stream(x, None, Layout(causal=causal)), parts(module)).settled()
     return original(module, x, attn_mask)
 
 
@@ -203,7 +206,8 @@ def run(module: Any, x: Any, attn_mask: Tensor | None = None, read: bool = False
         again = module.grad_checkpointing and torch.is_grad_enabled() and not short
         if type(x) in (Tensor, Stream) and fusable(one):
             x, found = (x if type(x) is Stream else Stream(x, None, layout))._replace(read=short), parts(one)
-            x = block(x, found) if not again else checkpoint(block, x, found, use_reentrant=False, preserve_rng_state=False)
+            step = functools.partial(checkpoint, fused_block, **_AGAIN) if again else fused_block
+            x = step(x, found)
         else:
             x = _as_itself(module, one, x.settled() if type(x) is Stream else x, attn_mask, again)
     return x

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from clipfast.interop.accelerate import Swap, Way, bare, original
 from clipfast.kernels import pooling
+from clipfast.model.fused import Layout, Linear, Norm, Parts, Stream, fused_block
 from clipfast.model.rule import know, untouched
-from clipfast.model.transformer import Layout, Linear, Norm, Parts, Stream, block
 from clipfast.model.vit import patches, tiles
 
 # Activations that map each number for itself.
@@ -128,7 +128,7 @@ def _asks(args: tuple, kwargs: dict[str, Any]) -> bool:
 def transformer_block(module: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """A block's forward: x [B, L, C] -> the same."""
     if type(x) is Tensor and x.ndim == 3 and not _asks(args, kwargs) and block_lacks(module) is None:
-        return block(Stream(x, None, Layout()), parts(module)).settled()
+        return fused_block(Stream(x, None, Layout()), parts(module)).settled()
     return original(module, x, *args, **kwargs)
 
 
@@ -141,7 +141,7 @@ def step(one: Any, x: Any) -> Any:
     """x, states [B, L, C] or a stream, through one block."""
     if type(x) is Stream or (type(x) is Tensor and x.ndim == 3):
         if fusable(one):
-            return block(_stream(x), parts(one))
+            return fused_block(_stream(x), parts(one))
         return one(x.settled() if type(x) is Stream else x)
     return one(x)
 
@@ -228,7 +228,7 @@ def tower(module: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     for one in others:
         x = step(one, x)
     if type(x) is Stream or (type(x) is Tensor and x.ndim == 3):
-        x = block(_stream(x)._replace(layout=Layout((slice(None), 0)), read=True), parts(last)).settled()
+        x = fused_block(_stream(x)._replace(layout=Layout((slice(None), 0)), read=True), parts(last)).settled()
     else:
         x = last(x)[:, 0]
     return module.head(module.head_drop(module.fc_norm(module.norm(x))))

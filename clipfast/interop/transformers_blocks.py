@@ -13,8 +13,8 @@ from transformers.utils import output_capturing
 from clipfast.interop import attention_interface
 from clipfast.interop.accelerate import bare, original
 from clipfast.kernels import linear, pooling
+from clipfast.model.fused import Layout, Linear, Norm, Parts, Stream, fused_block
 from clipfast.model.rule import know, untouched
-from clipfast.model.transformer import Layout, Linear, Norm, Parts, Stream, block
 from clipfast.model.vit import patches, tiles
 
 # Activations that map each number for itself.
@@ -112,7 +112,7 @@ def layer(module: Any, hidden_states: Tensor, attention_mask: Tensor | None = No
     if type(hidden_states) is Tensor and not lacks(module):
         causal = is_causal(module, attention_mask, kwargs)
         if causal is not None:
-            return block(Stream(hidden_states, None, Layout(causal=causal)), parts(module)).settled()
+            return fused_block(Stream(hidden_states, None, Layout(causal=causal)), parts(module)).settled()
     return original(module, hidden_states, attention_mask, **kwargs)
 
 
@@ -131,7 +131,7 @@ def step(one: Any, x: Any, attention_mask: Tensor | None, kwargs: dict[str, Any]
     if causal is None:
         return one(x.settled() if type(x) is Stream else x, attention_mask, **kwargs)
     layout = Layout(causal=causal)
-    return block(Stream(x, None, layout) if type(x) is Tensor else x._replace(layout=layout), parts(one))
+    return fused_block(Stream(x, None, layout) if type(x) is Tensor else x._replace(layout=layout), parts(one))
 
 
 def fusable(one: Any) -> bool:

@@ -16,9 +16,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from clipfast.interop.accelerate import bare, original
 from clipfast.interop.deferred import Later, deferred
 from clipfast.interop.transformers_blocks import FAMILIES, HARMLESS, fusable, is_causal, lacks, parts, read_parts, step
+from clipfast.model.fused import Layout, Parts, Stream, fused_block
 from clipfast.model.packed import pack
 from clipfast.model.rule import untouched
-from clipfast.model.transformer import Layout, Parts, Stream, block
 
 OUTPUTS: dict[type, type] = {}  # of each class with a projection: what it returns
 _Pooled = deferred(BaseModelOutputWithPooling)
@@ -62,8 +62,8 @@ def _last(module: Any, x: Tensor, place: int, arguments: dict[str, Any]) -> _Las
     s, update = (through.s, through.update) if type(through) is Stream else (through, None)
     last = parts(layers[-1])
     whole = Stream(s, update, Layout(causal=causal))
-    state = block(Stream(s, update, Layout((slice(None), place), causal), True), read_parts(last)).settled()
-    return _Last(state, lambda: block(whole, last).settled(), _tensors([last]))
+    state = fused_block(Stream(s, update, Layout((slice(None), place), causal), True), read_parts(last)).settled()
+    return _Last(state, lambda: fused_block(whole, last).settled(), _tensors([last]))
 
 
 def pooled_image(module: Any, pixel_values: Any = None, interpolate_pos_encoding: bool = False, **kwargs: Any) -> Any:
@@ -107,8 +107,8 @@ def pooled_text(module: Any, input_ids: Any = None, attention_mask: Any = None, 
     stream = Stream(tokens(text.ids) + positions(text.position), None, layout)
     blocks = [parts(one) for one in module.encoder.layers]
     for one in blocks[:-1]:
-        stream = block(stream, one)
-    stream = block(stream._replace(read=True), read_parts(blocks[-1]))
+        stream = fused_block(stream, one)
+    stream = fused_block(stream._replace(read=True), read_parts(blocks[-1]))
     mask = attention_mask if attention_mask is None else attention_mask.clone()
     later = Later(
         lambda: original(module, ids, mask, return_dict=True).last_hidden_state,

@@ -7,8 +7,6 @@ block works for the one token that is read out of it, since no other output of t
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,18 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipfast.kernels import OPS
-from clipfast.kernels.dispatch import forced
-from clipfast.kernels.linear import onednn
 from clipfast.model import scripted
 from clipfast.model.forked import check_threads
-from clipfast.model.frozen import Int8Attention, Int8Embedding, PackedAttention, freeze, weights_of
+from clipfast.model.fused import Layout, Stream, projected
+from clipfast.model.inference import prepared
 from clipfast.model.intermediates import image_intermediates, text_intermediates
 from clipfast.model.packed import Packed, pack, padded, uncompiled
-from clipfast.model.products import slow_in_bf16
 from clipfast.model.resnet import Bottleneck, ModifiedResNet
 from clipfast.model.rule import untouched, watched, whole
-from clipfast.model.transformer import LayerNorm, Layout, Stream, Transformer, causal_mask, fusable, projected
+from clipfast.model.transformer import LayerNorm, Transformer, causal_mask, fusable
 from clipfast.model.vit import VisionTransformer
 
 _SIZES = ("embed_dim", "image_resolution", "vision_layers", "vision_width", "vision_patch_size",
@@ -253,10 +248,13 @@ class CLIP(nn.Module):
     def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """See ``forward``; of a model with a ``logit_bias``, with that."""
         image_features, text_features = self.encode_image(image, normalize=True), self.encode_text(text, normalize=True)
-        logits_per_image = self.logit_scale.exp() * image_features @ text_features.t()
-        if self.logit_bias is not None:
-            logits_per_image = logits_per_image + self.logit_bias
+        logits_per_image = self._scaled(image_features, text_features)
         return logits_per_image, logits_per_image.t()
+
+    def _scaled(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """[B_image, D] and [B_text, D] -> their logits [B_image, B_text]."""
+        logits = self.logit_scale.exp() * image_features @ text_features.t()
+        return logits if self.logit_bias is None else logits + self.logit_bias
 
     def forward_intermediates(
         self, image: Tensor | None = None, text: Tensor | None = None, image_indices: int | list[int] | None = None,
@@ -282,23 +280,20 @@ class CLIP(nn.Module):
             ``output_logits`` ``image_logits`` and ``text_logits``; with ``output_logit_scale_bias`` ``logit_scale`` and
             ``logit_bias``.
         """
+        given = image_indices, normalize_intermediates, intermediates_only, image_output_fmt, image_output_extra_tokens
+        out: dict[str, Any] = {}
         if intermediates_only and (output_logits or output_logit_scale_bias):
             raise ValueError("forward_intermediates: expected features for logits, got intermediates_only")
         if text_output_fmt != "NLC":
             raise ValueError(f"forward_intermediates: expected text_output_fmt NLC, got {text_output_fmt!r}")
-        out: dict[str, Any] = {}
         if image is not None:
-            out |= image_intermediates(
-                self.visual, self.checked_image(image), image_indices, normalize_intermediates, intermediates_only,
-                image_output_fmt, image_output_extra_tokens,
-            )  # fmt: skip
+            out |= image_intermediates(self.visual, self.checked_image(image), *given)
         if text is not None:
             out |= text_intermediates(self, text, text_indices, normalize_intermediates, intermediates_only)
         if normalize:
             out |= {k: F.normalize(v, dim=-1) for k, v in out.items() if k.endswith("features")}
         if output_logits:
-            logits = self.logit_scale.exp() * out["image_features"] @ out["text_features"].T
-            logits = logits if self.logit_bias is None else logits + self.logit_bias
+            logits = self._scaled(out["image_features"], out["text_features"])
             out |= {"image_logits": logits, "text_logits": logits.T}
         if output_logit_scale_bias:
             out |= {"logit_scale": self.logit_scale.exp()}
@@ -349,53 +344,7 @@ class CLIP(nn.Module):
                 moved or compiled. Where a measurement, made once for a width, finds it no faster on this processor, a warning
                 has the figures, and the copy is as without.
         """
-        if packed + int8 + bf16 > 1:
-            raise ValueError("for_inference: expected one of packed, int8 and bf16, got several; each packs its weights")
-        reason = self._not_packed() if packed else self._not_in_bf16() if bf16 else None
-        if reason:
-            warnings.warn(f"for_inference: weights are not {'packed' if packed else 'in bf16'}: {reason}", stacklevel=2)
-            packed = bf16 = False
-        model = (self._frozen(int8) if packed or int8 else copy.deepcopy(self)).eval().requires_grad_(False)
-        if isinstance(model.visual, ModifiedResNet):
-            model.visual.fold_batch_norms()
-        for transformer in model._transformers() if bf16 else ():
-            transformer.pack_in_bf16()
-        return model
-
-    def _not_packed(self) -> str | None:
-        if self.bag:
-            return "a bag of words has no blocks"
-        if self._kept != "torch.float32 on cpu":
-            return f"expected float32 on the CPU, got {self._kept}"
-        if (backend := forced()) not in (None, "cpu"):
-            return f"{backend} is forced, which does not read them"
-        found = OPS["encoder"].backend("cpu")
-        return found if isinstance(found, str) else None
-
-    def _not_in_bf16(self) -> str | None:
-        if self.bag:
-            return "a bag of words has no blocks"
-        return onednn.lacks_packed(self.transformer.resblocks[0].mlp.c_fc.weight) or slow_in_bf16(self)
-
-    @property
-    def _kept(self) -> str:
-        return f"{self.frozen or self.dtype} on {self.positional_embedding.device}"
-
-    def _frozen(self, int8: bool) -> CLIP:
-        """A copy with weights that are laid out, or rounded; these are not copied before."""
-        if self._kept != "torch.float32 on cpu":
-            raise ValueError(f"for_inference(int8=True): expected a float32 model on the CPU, got {self._kept}")
-        untaken = [w for t in self._transformers() for block in t.freezable(int8) for w in weights_of(block)]
-        rounds = int8 and untouched(self.token_embedding)
-        untaken += [self.token_embedding.weight] if rounds else []
-        model = copy.deepcopy(self, {id(w): w for w in untaken})
-        for transformer in model._transformers():
-            for block in transformer.freezable(int8):
-                freeze(block, Int8Attention if int8 else PackedAttention)
-        if rounds:
-            model.token_embedding = Int8Embedding(self.token_embedding)  # type: ignore[assignment]
-        model.frozen = "int8" if int8 else "packed"
-        return model
+        return prepared(self, packed, int8, bf16)
 
     def __prepare_scriptable__(self) -> nn.Module:
         if self.bag:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.model.transformer import Layout
+from clipfast.model.fused import Layout
 
 
 def uncompiled(reason: str) -> Callable[[Callable], Callable]:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipfast.model.fused import Stream
 from clipfast.model.packed import Packed, padded
-from clipfast.model.transformer import Stream
 
 
 def predicted(model: Any, image: Tensor, text: Tensor, lengths: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from clipfast.inputs.image import Preprocess
 from clipfast.kernels import linear
 from clipfast.model import scripted
+from clipfast.model.fused import Layout, Stream, projected
 from clipfast.model.pixels import Pixels
 from clipfast.model.rule import untouched, whole
-from clipfast.model.transformer import LayerNorm, Layout, Stream, Transformer, projected
+from clipfast.model.transformer import LayerNorm, Transformer
 
 POOLS = ("token", "average")
 

@@ -99,7 +99,7 @@ def _supports_cpu(*args: object) -> str | None:
 
 def _supports_cuda(*args: object) -> str | None:
     qkv, cu_seqlens, heads, causal, max_length = args[-5:]
-    assert isinstance(qkv, Tensor) and isinstance(heads, int)
+    assert isinstance(qkv, Tensor) and isinstance(heads, int) and isinstance(max_length, int)
     if qkv.device.type != "cuda":
         return f"expected CUDA tensors, got {qkv.device}"
     if qkv.dtype not in (torch.float16, torch.bfloat16):

@@ -177,7 +177,7 @@ def forward(qkv: Tensor, cu_seqlens: Tensor | None, heads: int, causal: bool, ma
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
         return _rows(out), lse.transpose(0, 1).reshape(heads, T).contiguous()
     q, k, v = _heads((padded.pad(qkv) if padded else qkv).to(wide), 3, heads)
-    scores = _scores(q, k, padded and padded.keys, causal)
+    scores = _scores(q, k, padded.keys if padded else None, causal)
     lse = scores.logsumexp(-1)
     out = _rows(torch.exp(scores - lse[..., None]) @ v)
     if padded is None:
@@ -207,7 +207,7 @@ def backward(
         return _rows(dq, dk, dv)
     q, k, v = _heads((padded.pad(qkv) if padded else qkv).to(wide), 3, heads)
     (do,) = _heads((padded.pad(dout) if padded else dout).to(wide), 1, heads)
-    p = _scores(q, k, padded and padded.keys, causal).softmax(-1)
+    p = _scores(q, k, padded.keys if padded else None, causal).softmax(-1)
     dp = do @ v.mT
     ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
     dqkv = _rows(ds @ k, ds.mT @ q, p.mT @ do)

@@ -37,7 +37,7 @@ def convolution(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     Raises:
         ValueError: a shape does not fit, or the stride is below 1.
     """
-    if x.ndim != 4 or weight.shape[1:] not in ((x.shape[1], n, n) for n in (1, 3)):
+    if x.ndim != 4 or tuple(weight.shape[1:]) not in {(x.shape[1], n, n) for n in (1, 3)}:
         raise ValueError(
             f"convolution: expected x [B, I, H, W] and weight [O, I, 3, 3] or [O, I, 1, 1], got {tuple(x.shape)} and "
             f"{tuple(weight.shape)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -96,5 +98,5 @@ def _backward(ctx, dy, ds, *_):
     return dx, dx if ctx.fused else None, dweight, dbias.to(ctx.bias_dtype), None
 
 
-_COMPILED = {"cpu": _supports_cpu, "cuda": _supports_cuda}
+_COMPILED: dict[str, Callable[..., str | None]] = {"cpu": _supports_cpu, "cuda": _supports_cuda}
 OP = Op(__name__, (_FORWARD, _fake), (_BACKWARD, _fake_backward), _COMPILED, autograd=(_setup, _backward))

@@ -76,8 +76,8 @@ def test_features_alone_take_the_short_way(monkeypatch) -> None:
     accelerate(accelerated)
     ids, mask = texts()
     accelerated(ids, images(), output_hidden_states=True)
-    seen, block = [], transformers_towers.block
-    monkeypatch.setattr(transformers_towers, "block", lambda s, p: seen.append((tuple(s.s.shape), s.read)) or block(s, p))
+    seen, block = [], transformers_towers.fused_block
+    monkeypatch.setattr(transformers_towers, "fused_block", lambda s, p: seen.append((tuple(s.s.shape), s.read)) or block(s, p))
     with torch.no_grad():
         compare(model.get_text_features(ids, mask).pooler_output, before.get_text_features(ids, mask).pooler_output)
         assert seen == [((24, 32), False), ((24, 32), True)]

@@ -63,8 +63,8 @@ def test_every_output_and_gradient(kind: str) -> None:
 
 
 def blocks_seen(monkeypatch, call: Callable[[], Any]) -> list[tuple]:
-    seen, block = list[tuple](), swapped.block
-    monkeypatch.setattr(swapped, "block", lambda s, p: seen.append((tuple(s.s.shape), s.read)) or block(s, p))
+    seen, block = list[tuple](), swapped.fused_block
+    monkeypatch.setattr(swapped, "fused_block", lambda s, p: seen.append((tuple(s.s.shape), s.read)) or block(s, p))
     call()
     monkeypatch.undo()
     return seen

@@ -161,7 +161,7 @@ MOUNTS = ("full_disk", "little_shared_memory")
 
 def report(which: str, seconds: float) -> int:
     """Run so many checkpoints, or the other trials, and print a line for each; how many went wrong."""
-    wrong, end, number = 0, time.monotonic() + seconds, which.isdecimal() and int(which)
+    wrong, end, number = 0, time.monotonic() + seconds, int(which) if which.isdecimal() else 0
     for name in TRIALS:
         if (name == "checkpoints") != bool(number):
             continue

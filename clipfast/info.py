@@ -13,7 +13,6 @@ import clipfast.interop
 from clipfast.inputs.image import jpeg_decoder
 from clipfast.interop.accelerate import LIBRARIES
 from clipfast.kernels import OPS, dispatch, passed, processor
-from clipfast.model.products import timed
 
 
 def info() -> str:
@@ -70,8 +69,7 @@ def _versions(device: str) -> list[tuple[str, str]]:
 
 
 def _bf16() -> str:
-    """What the CPU has for products of bf16, and what ``precision auto`` takes of it for blocks as wide as ViT-B/32's."""
+    """What the CPU has for products of bf16; whether a run takes them it measures, which no two calls would agree on."""
     if not processor.BF16:
         return "no instructions for its products: precision auto takes fp32"
-    pays = timed(768, 256, training=True).pays
-    return f"{processor.BF16}; measured just now, precision auto takes {'bf16' if pays else 'fp32'} for ViT-B/32"
+    return f"{processor.BF16}; precision auto takes what a measurement finds faster for the model"

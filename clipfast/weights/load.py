@@ -243,7 +243,7 @@ def _assemble(where: str, sizes: Sizes, state: State, dtype: torch.dtype | None 
         listed = "; ".join(f"{len(names)} {fault}: {', '.join(names)}" for fault, names in faults.items() if names)
         others = beside(faults["unexpected"], expected)
         hint = f"; to leave out what is beside the towers: ignore={tuple(others)}" if others else ""
-        raise ValueError(f"{where}: the weights do not fit the model of sizes {sizes}: {listed}{hint}")
+        raise ValueError(f"{where}: expected weights that fit the model of sizes {sizes}, got {listed}{hint}")
     taken: set[int] = set()
     for name in list(state):
         tensor = state.pop(name).detach()

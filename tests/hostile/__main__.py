@@ -25,7 +25,7 @@ Work = Callable[[float], tuple[str, int]]  # minutes at most -> what it says, ho
 # Minutes of one core that the pieces of a part take together (EPYC Zen 4), by which the clock is shared out. What is long and
 # cannot be cut into pieces comes first.
 MINUTES = {
-    **{"month": 6.0, "steady": 4.0, "sanitize": 25.0, "strings": 6.0, "checkpoints": 6.0, "commands": 2.0},
+    **{"month": 12.0, "steady": 6.0, "sanitize": 22.0, "strings": 6.0, "checkpoints": 6.0, "commands": 2.0},
     **{"tables": 1.0, "weights": 1.0, "images": 1.0, "configurations": 1.0, "shards": 1.0},
 }
 

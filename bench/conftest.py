@@ -62,7 +62,8 @@ def compare(benchmark, full: bool, request: pytest.FixtureRequest) -> Iterator[C
     A rival may be a str, the reason why it does not run here: its row says so, as of one that raises. ``rounds``: without, as
     many as fit into ``SECONDS``, 3 to 21; with ``--full`` three times as many. ``items``: what one call works through, for a
     rate. ``floor``: its (FLOPs, bytes), for the share of the roofline. ``graphs``: on a GPU, calls shorter than
-    ``measure.SHORT`` may be timed as captured graphs, all or none. Anything else is kept in the row.
+    ``measure.SHORT`` may be timed as captured graphs, all or none. ``rest``: seconds before each call, in which the threads of
+    what was called before, which may wait in a loop for more, go to sleep. Anything else is kept in the row.
     """
 
     file: Path | None = request.config.getoption("--lines")
@@ -75,6 +76,7 @@ def compare(benchmark, full: bool, request: pytest.FixtureRequest) -> Iterator[C
         items: int | None = None,
         floor: tuple[int, int] | None = None,
         graphs: bool = False,
+        rest: float = 0.0,
         **note: Any,
     ) -> dict[str, float]:
         roof = ceilings(file)
@@ -91,7 +93,7 @@ def compare(benchmark, full: bool, request: pytest.FixtureRequest) -> Iterator[C
         times: dict[str, list[float]] = {name: [] for name in calls}
 
         def turn(name: str) -> None:
-            times[name].append(measure.seconds((replays or calls)[name], graph=replays is not None))
+            times[name].append(measure.seconds((replays or calls)[name], replays is not None, rest))
 
         def others() -> None:
             for name in list(calls)[1:]:

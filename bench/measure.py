@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import torch
@@ -115,9 +115,10 @@ def _evictor() -> torch.Tensor:
     return torch.ones(2 * min(size, 64 << 20), dtype=torch.uint8, device=DEVICE)
 
 
-def seconds(call: Callable[[], Any], graph: bool = False) -> float:
-    """The time of one call, from a cold cache; ``graph``: it is a captured graph."""
+def seconds(call: Callable[[], Any], graph: bool = False, rest: float = 0.0) -> float:
+    """The time of one call, from a cold cache; ``graph``: it is a captured graph; ``rest``: seconds of peace before it."""
     _evictor().bitwise_xor_(3)
+    sleep(rest)
     if DEVICE == "cpu":
         start = perf_counter()
         call()

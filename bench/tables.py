@@ -177,7 +177,9 @@ def demo(results: dict[str, Any]) -> str:
         shares = (f"{row[f'{kind}top1']:.1%} / {row[f'{kind}top5']:.1%}" for kind in ("", "pixels_", "chance_"))
         lines.append(f"| {what} | {row['names']:,} | {' | '.join(shares)} |")
     pace = f"{results['steps']:,} steps of {results['config']['batch_size']} pairs in {results['seconds']:.0f} s"
-    return "\n".join([*lines, "", f"{pace} on {results['versions']['device']}, torch {results['versions']['torch']}."])
+    settings = f" Chosen: {results['settings']['told']}." if "settings" in results else ""
+    on = f"{results['versions']['device']}, torch {results['versions']['torch']}"
+    return "\n".join([*lines, "", f"{pace} on {on}.{settings}"])
 
 
 def filled(text: str, made: dict[str, str]) -> str:

@@ -24,6 +24,7 @@ from clipfast.model import CLIP, MODELS
 from clipfast.weights.export import export
 
 NAME = "ViT-B/32"
+REST = 0.05  # seconds: a runtime's threads wait for more in a loop, on the core that the next one would use
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="of CPUs")
 Call = Callable[[Tensor], Any]
 
@@ -136,7 +137,13 @@ def test_images(compare, models: dict[str, Any], exported, kind: str, B: int) ->
         else:
             rivals["our fp32"] = lambda: models["fp32"].encode_image(image)
         floor = image_floor(MODELS[NAME], model, image)
-        compare(lambda: ours.encode_image(image), rivals, items=B, **note(kind, ours.encode_image(image), expected, floor))
+        compare(
+            lambda: ours.encode_image(image),
+            rivals,
+            items=B,
+            rest=REST,
+            **note(kind, ours.encode_image(image), expected, floor),
+        )
 
 
 def test_image_of_a_file(compare, models: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +162,7 @@ def test_image_of_a_file(compare, models: dict[str, Any], tmp_path: Path, monkey
         assert cosine(torch.tensor(theirs.encode_image([file.getvalue()])), encode(models[""])) > 0.99  # it resizes otherwise
     call = rival if isinstance(rival, str) else lambda: theirs.encode_image([file.getvalue()])
     with torch.no_grad():
-        compare(lambda: encode(models["int8"]), {"faster-clip": call}, items=1)
+        compare(lambda: encode(models["int8"]), {"faster-clip": call}, items=1, rest=REST)
 
 
 @pytest.mark.parametrize("B", [1, 32])
@@ -175,4 +182,4 @@ def test_texts(compare, models: dict[str, Any], exported, kind: str, B: int) -> 
             rivals["our fp32"] = lambda: models["fp32"].encode_text(text, lengths=lengths)
         got, floor = ours.encode_text(text, lengths=lengths), text_floor(MODELS[NAME], lengths)
         kept = note(kind, got, expected, floor, mean_tokens=float(lengths.double().mean()))
-        compare(lambda: ours.encode_text(text, lengths=lengths), rivals, items=B, **kept)
+        compare(lambda: ours.encode_text(text, lengths=lengths), rivals, items=B, rest=REST, **kept)

@@ -7,7 +7,31 @@
 #include <memory>
 #include <thread>
 
+#ifdef __linux__
+#include <sched.h>
+#endif
+
 namespace clipfast {
+
+// Linux wakes a thread that slept on the core of the one that wakes it, and may leave it there, behind that one, until the next
+// tick of its clock: 4 ms, half a text. The one gives way once, and the other moves to another core that it is allowed.
+inline int core() {
+#ifdef __linux__
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+inline void leave([[maybe_unused]] int taken) {
+#ifdef __linux__
+  cpu_set_t allowed, others;
+  if (taken < 0 || sched_getcpu() != taken || sched_getaffinity(0, sizeof allowed, &allowed)) return;
+  others = allowed;
+  CPU_CLR(taken, &others);
+  if (CPU_COUNT(&others) && !sched_setaffinity(0, sizeof others, &others)) sched_setaffinity(0, sizeof allowed, &allowed);
+#endif
+}
 
 // One stage's tasks, which go to whichever thread is free.
 struct alignas(64) Stage {
@@ -48,7 +72,12 @@ class Member {
 template <class Program>
 void together(int64_t threads, int64_t stages, const Program& program) {
   const std::unique_ptr<Stage[]> all(new Stage[stages]);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { program(Member(all.get())); });
+  const auto first = std::this_thread::get_id();
+  const int taken = core();
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    std::this_thread::get_id() == first ? std::this_thread::yield() : leave(taken);
+    program(Member(all.get()));
+  });
 }
 
 }  // namespace clipfast

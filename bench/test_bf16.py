@@ -46,18 +46,13 @@ def rivals(theirs: nn.Module | str, call: Callable[[Any], Any]) -> dict[str, Cal
     if isinstance(theirs, str):
         return dict.fromkeys(("open_clip autocast", "open_clip"), theirs)
 
-    def lowered() -> None:
-        with torch.autocast("cpu", LOW):
+    def run(low: bool) -> None:
+        with torch.autocast("cpu", LOW, enabled=low):
             found = call(theirs)
         if found.requires_grad:
             found.backward()
 
-    def plain() -> None:
-        found = call(theirs)
-        if found.requires_grad:
-            found.backward()
-
-    return {"open_clip autocast": lowered, "open_clip": plain}
+    return {"open_clip autocast": lambda: run(True), "open_clip": lambda: run(False)}
 
 
 def encoded(compare: Callable, model: CLIP, served: dict[str, CLIP], theirs: Any, call: str, x: Tensor, **given: Any) -> None:
